@@ -99,7 +99,7 @@ def naive_attention(
             rows_log: list[Any] = [None] * queries
             for t in range(-(-queries // blocks.block_q)):
                 rows = order_q[t * blocks.block_q : (t + 1) * blocks.block_q]
-                o, l = torch.zeros(len(rows), v.shape[-1]), torch.zeros(len(rows))
+                o, X, torch.zeros(len(rows))
                 m = torch.full((len(rows),), -torch.inf)
                 for j in of(blocks.indices, b, h)[t][: int(of(blocks.counts, b, h)[t])].tolist():
                     at = order_k[j * blocks.block_k : (j + 1) * blocks.block_k]
@@ -108,13 +108,13 @@ def naive_attention(
                     m_new = torch.maximum(m, s.detach().amax(1))
                     safe = m_new.masked_fill(m_new == -torch.inf, 0.0)
                     p, shrink = (s - safe[:, None]).exp(), (m - safe).exp()
-                    l, o, m = shrink * l + p.sum(1), shrink[:, None] * o + p @ v[b, h, at].float(), m_new
-                    if stop is not None and float((p.sum(1) / l).nan_to_num(0.0).max()) < stop:
+                    total, o, m = shrink * total + p.sum(1), shrink[:, None] * o + p @ v[b, h, at].float(), m_new
+                    if stop is not None and float((p.sum(1) / total).nan_to_num(0.0).max()) < stop:
                         break
                 for i, row in enumerate(rows.tolist()):
                     empty = bool(m[i] == -torch.inf)
-                    rows_out[row] = o[i] * 0 if empty else o[i] / l[i]
-                    rows_log[row] = m[i] if empty else m[i] + l[i].log()
+                    rows_out[row] = o[i] * 0 if empty else o[i] / total[i]
+                    rows_log[row] = m[i] if empty else m[i] + total[i].log()
             outs.append(torch.stack(rows_out))
             logs.append(torch.stack(rows_log))
     out = torch.stack(outs).view(batch, heads, queries, -1).to(q.dtype)

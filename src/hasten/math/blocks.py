@@ -1,8 +1,8 @@
 """Which key blocks each query block sees: one form for every pattern of sparse attention, static or chosen from data.
 
-Positions: queries are the last Nq of Nk positions, so query i sits at key position i + Nk - Nq. A query sees a key if its
-block is chosen, the finer mask (where there is one) allows it, the key is in the row's range (padding) and, in causal
-attention, not after it.
+Positions: queries are the last Nq of Nk positions, so query i sits at key position i + Nk - Nq. A query sees a key if
+its block is chosen, the finer mask (where there is one) allows it, the key is in the row's range (padding) and, in
+causal attention, not after it.
 """
 
 import dataclasses
@@ -175,7 +175,7 @@ def seen(
     begin: Int[Tensor, "batch"] | None = None,
     end: Int[Tensor, "batch"] | None = None,
 ) -> Bool[Tensor, "b h nq nk"]:
-    """The dense mask, which every path of block-sparse attention equals; its leading dimensions are the largest given."""
+    """The dense mask that every path of block-sparse attention equals; its leading dimensions are the largest given."""
     device = blocks.counts.device
     orders = [o for o in (blocks.q_order, blocks.k_order) if o is not None]
     batch = max(blocks.counts.shape[0], *(o.shape[0] for o in orders), 1)

@@ -25,18 +25,18 @@ def naive_flash(
         O [Nq, e] and L = m + log l [Nq].
     """
     nq, nk = len(q), len(k)
-    o, l, m = torch.zeros(nq, v.shape[1]), torch.zeros(nq), torch.full((nq,), -torch.inf)
+    o, total, m = torch.zeros(nq, v.shape[1]), torch.zeros(nq), torch.full((nq,), -torch.inf)
     for j in range(0, nk, block_k):
         for i in range(0, nq, block_q):
             rows = slice(i, min(i + block_q, nq))
             s = _scores(q, k, i, j, block_q, block_k, scaling, causal)
             m_new = torch.maximum(m[rows], s.amax(1))
             p = _exp(s - m_new[:, None])
-            kept = _exp(m[rows] - m_new) * l[rows]
-            l_new = kept + p.sum(1)
-            o[rows] = (kept[:, None] * o[rows] + p @ v[j : j + block_k].float()) / l_new.clamp(min=1e-38)[:, None]
-            l[rows], m[rows] = l_new, m_new
-    return o, m + l.log()
+            kept = _exp(m[rows] - m_new) * total[rows]
+            new = kept + p.sum(1)
+            o[rows] = (kept[:, None] * o[rows] + p @ v[j : j + block_k].float()) / new.clamp(min=1e-38)[:, None]
+            total[rows], m[rows] = new, m_new
+    return o, m + total.log()
 
 
 def naive_flash2(
@@ -47,14 +47,15 @@ def naive_flash2(
     outs, logs = [], []
     for i in range(0, len(q), block_q):
         rows = min(block_q, len(q) - i)
-        o, l, m = torch.zeros(rows, v.shape[1]), torch.zeros(rows), torch.full((rows,), -torch.inf)
+        o, total, m = torch.zeros(rows, v.shape[1]), torch.zeros(rows), torch.full((rows,), -torch.inf)
         for j in range(0, len(k), block_k):
             s = _scores(q, k, i, j, block_q, block_k, scaling, causal)
             m_new = torch.maximum(m, s.amax(1))
             p, shrink = _exp(s - m_new[:, None]), _exp(m - m_new)
-            l, o, m = shrink * l + p.sum(1), shrink[:, None] * o + p @ v[j : j + block_k].float(), m_new
-        outs.append(o / l.clamp(min=1e-38)[:, None])
-        logs.append(m + l.log())
+            total, o = shrink * total + p.sum(1), shrink[:, None] * o + p @ v[j : j + block_k].float()
+            m = m_new
+        outs.append(o / total.clamp(min=1e-38)[:, None])
+        logs.append(m + total.log())
     return torch.cat(outs), torch.cat(logs)
 
 
