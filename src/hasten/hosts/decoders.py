@@ -10,6 +10,7 @@ from torch import nn
 
 from hasten.core.errors import UsageError
 from hasten.hosts.anatomy import Anatomy, dissect
+from hasten.hosts.attention import Call, attend_with
 from hasten.hosts.blocks import BlockHost
 from hasten.hosts.stream import See, SeeLayer, layer_hooks, sublayer_hooks
 from hasten.hosts.structure import Dropped, is_norm
@@ -77,6 +78,15 @@ class DecoderHost(BlockHost):
                 f"{type(self.model).__name__} has no generate: use the class with a language-model head (a CausalLM)"
             )
         self.changes.set(self.model, "generate", functools.partial(fn, inner))
+
+    def attend_with(self, layer: int, run: Callable[[Call], torch.Tensor]) -> None:
+        """Puts `run(call) -> [B, H, Nq, e]` in the place of one layer's softmax attention (`hosts.attention.Call`).
+
+        Raises:
+            UsageError: attention that does not go through transformers' interface or is not SDPA, an unknown layer, or
+                one whose attention is taken over already.
+        """
+        attend_with(self, layer, run)
 
     @functools.cached_property
     def anatomy(self) -> Anatomy:

@@ -99,7 +99,7 @@ def naive_attention(
             rows_log: list[Any] = [None] * queries
             for t in range(-(-queries // blocks.block_q)):
                 rows = order_q[t * blocks.block_q : (t + 1) * blocks.block_q]
-                o, X, torch.zeros(len(rows))
+                o, total = torch.zeros(len(rows), v.shape[-1]), torch.zeros(len(rows))
                 m = torch.full((len(rows),), -torch.inf)
                 for j in of(blocks.indices, b, h)[t][: int(of(blocks.counts, b, h)[t])].tolist():
                     at = order_k[j * blocks.block_k : (j + 1) * blocks.block_k]
