@@ -19,10 +19,11 @@ from transformers.cache_utils import Cache
 
 from hasten.core.errors import UsageError
 from hasten.core.options import Method, option
-from hasten.hosts.attention import hand_over, take_over
+from hasten.hosts.attention import hand_over
 from hasten.hosts.base import Host
+from hasten.hosts.caching import use_cache
 from hasten.hosts.context import Context
-from hasten.kv._cache import KeptLayer, room_for
+from hasten.hosts.kept import KeptLayer, room_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,44 +263,7 @@ def install(method: Eviction, host: Host, context: Context) -> dict[str, Any]:
         UsageError: no transformers decoder, one whose layers already see only a part of the text (sliding or chunked
             windows, recurrent states), an encoder-decoder, or an attention that can't be observed.
     """
-    name = type(host.model).__name__
-    if host.kind != "decoder":
-        raise UsageError(f"{method.name} keeps a part of a decoder's cache, and {name} is a {host.kind}")
-    config = getattr(host.model, "config", None)
-    if not hasattr(config, "get_text_config"):
-        raise UsageError(f"{method.name} needs a transformers model: {name} has no transformers config")
-    if config.is_encoder_decoder:
-        raise UsageError(f"{method.name} works on decoders, and {name} is an encoder-decoder")
-    text = config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ("full_attention",))
-    partial = kinds - {"full_attention"}
-    if partial or getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None):
-        kind = ", ".join(sorted(partial)) or "sliding windows"
-        raise UsageError(
-            f"{method.name} needs layers that see the whole text; {name} has others ({kind}) with small caches"
-        )
-    take_over(host)
-
-    def new_cache(prompt: int | None = None) -> KeptCache:
-        return KeptCache(method, len(host.cache_layers), prompt)
-
-    def generate(inner: Any, *args: Any, **kwargs: Any) -> Any:
-        settings = kwargs.get("generation_config") or host.model.generation_config
-        kind = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
-        if kind not in (None, "dynamic"):
-            raise UsageError(f"{method.name} has a cache of its own, not a {kind} one: leave cache_implementation out")
-        given = kwargs.get("past_key_values")
-        if given is not None and not isinstance(given, KeptCache):
-            raise UsageError(
-                f"{method.name} has a cache of its own: leave past_key_values out, or pass one from host.new_cache()"
-            )
-        if given is None and kwargs.get("use_cache", True):
-            inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
-            kwargs["past_key_values"] = new_cache(None if inputs is None else inputs.shape[1])
-        return inner(*args, **kwargs)
-
-    host.changes.set(host, "new_cache", new_cache)
-    host.wrap_generate(generate)
+    use_cache(host, method.name, lambda prompt: KeptCache(method, len(host.cache_layers), prompt))
     return {}
 
 

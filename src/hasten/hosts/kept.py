@@ -55,15 +55,15 @@ class KeptLayer(CacheLayerMixin):
         self.limit: int | None = None
         self.scaling = 1.0
         self.settled = self.unseen = False
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
+        self._keys: Any = None  # a tensor once there is something to store
+        self._values: Any = None
 
     @property
-    def keys(self) -> torch.Tensor | None:
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         return None if self._keys is None else self._keys.narrow(2, 0, self.length)
 
     @property
-    def values(self) -> torch.Tensor | None:
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
         return None if self._values is None else self._values.narrow(2, 0, self.length)
 
     @property
