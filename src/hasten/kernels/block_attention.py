@@ -24,6 +24,8 @@ SLAB = 64 * 2**20  # bytes of gathered keys, values and scores at a time on the 
 
 def path(q: Tensor, blocks: Blocks, stop: float | None = None) -> str:
     """How `attention` computes this call: native, flex or torch."""
+    if torch._C._len_torch_dispatch_stack():  # operations are being counted or traced: only PyTorch's own are seen
+        return "torch"
     if q.is_cpu:
         return "native" if _native() is not None else "torch"
     return "flex" if q.is_cuda and blocks.block_k > 1 and stop is None else "torch"
