@@ -36,7 +36,7 @@ def attention(
 
     heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
     q, k, v = _permuted(q, blocks.q_order), _permuted(k, blocks.k_order), _permuted(v, blocks.k_order)
-    mask = block_mask(blocks, q.shape[0], heads, queries, keys, causal, begin, end, tile)
+    mask = _remembered(blocks, q.shape[0], heads, queries, keys, causal, begin, end, tile)
     run = _compiled() if compile else flex_attention
     aux = AuxRequest(lse=True)
     out, more = run(q, k, v, block_mask=mask, scale=scaling, enable_gqa=k.shape[1] != heads, return_aux=aux)
@@ -45,6 +45,17 @@ def attention(
         back = spread(blocks.q_order, heads).expand(q.shape[0], heads, -1).argsort(-1)
         out, log = out.gather(2, back[..., None].expand_as(out)), log.gather(2, back)
     return out, log
+
+
+def _remembered(blocks: Blocks, *given: Any) -> Any:
+    """`block_mask`, made once for lists that are used again (a pattern's, in every layer); padding is made anew."""
+    *shape, begin, end, tile = given
+    if begin is not None or end is not None:
+        return block_mask(blocks, *given)
+    masks, key = blocks.__dict__.setdefault("_flex_masks", {}), (*shape, tile)
+    if key not in masks:
+        masks[key] = block_mask(blocks, *given)
+    return masks[key]
 
 
 def _permuted(x: Tensor, order: Tensor | None) -> Tensor:
