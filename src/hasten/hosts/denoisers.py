@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hasten.core.errors import UsageError
+from hasten.hosts import mixing
 from hasten.hosts.base import Host, Layer
 from hasten.hosts.records import record_of
 from hasten.hosts.structure import attention_child, feed_forward_children, is_block, is_norm, is_projection
@@ -85,6 +86,24 @@ class DenoiserHost(Host):
                 for name, part in module.named_modules(prefix=f"{path}.{child}"):
                     if is_projection(part) and not is_norm(module):
                         yield name, part  # type: ignore[misc]
+
+    @property
+    def patch_embedding(self) -> nn.Module | None:
+        """The convolution that turns patches into tokens, None in a U-Net."""
+        for part in self.model.modules():
+            if isinstance(part, nn.Conv2d | nn.Conv3d) and part.kernel_size == part.stride and max(part.stride) > 1:
+                return part
+        return None
+
+    def attend_with(self, layer: int, run: mixing.Run) -> None:
+        """Puts `run(call) -> [B, H, N, e]` in the place of one layer's own attention (`hosts.attention.Call`).
+
+        The grid of the tokens is (rows, columns) or (frames, rows, columns). Attention to a text is left alone.
+
+        Raises:
+            UsageError: an unknown layer, or attention that is taken over already or not computed by PyTorch's SDPA.
+        """
+        mixing.attend_with(self, layer, run, self.patch_embedding, sample=self.sample_name)
 
     def wrap_call(self, fn: Callable[..., torch.Tensor]) -> None:
         """Puts `fn(call, sample, timestep, kwargs)` around the model's forward; the last one is the outermost.

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hasten.core.errors import UsageError
+from hasten.hosts import mixing
 from hasten.hosts.base import Layer
 from hasten.hosts.blocks import BlockHost
 from hasten.hosts.structure import is_projection
@@ -92,11 +93,15 @@ class ViTHost(BlockHost):
         The functions look the block's modules up when they are called, so that layers replaced later take part.
 
         Raises:
-            UsageError: the block is wired in a way that is not known (no pre-norms, unknown projections).
+            UsageError: the block is wired in a way that is not known (no pre-norms, unknown projections), or its
+                attention is taken over.
         """
-        block = self.blocks[layer if isinstance(layer, int) else layer.index]
+        index = layer if isinstance(layer, int) else layer.index
+        block = self.blocks[index]
         if self.attention_name is None or len(self.mlp_names) != 1:
             raise self._unknown(block)
+        if mixing.is_taken_over(self.layers[index]):
+            raise UsageError(f"the attention of block {index} is taken over already, so that it can't be run in halves")
         attention = _Attention(block.get_submodule(self.attention_name))
         if attention.missing:
             raise self._unknown(block)
@@ -122,6 +127,20 @@ class ViTHost(BlockHost):
         """
         block = self.blocks[layer if isinstance(layer, int) else layer.index]
         self.changes.set(block, "forward", _TokensOnly(forward))
+
+    def attend_with(self, layer: int, run: mixing.Run) -> None:
+        """Puts `run(call) -> [B, H, N, e]` in the place of one layer's softmax attention (`hosts.attention.Call`).
+
+        Raises:
+            UsageError: an unknown layer, attention that is taken over already or not computed by PyTorch's SDPA, or a
+                block that no longer runs it, as its forward is replaced.
+        """
+        if 0 <= layer < len(self.blocks) and isinstance(self.blocks[layer].__dict__.get("forward"), _TokensOnly):
+            raise UsageError(
+                f"block {layer} has a forward that does not run its attention module, as methods that reduce tokens "
+                "give it: leave those methods out"
+            )
+        mixing.attend_with(self, layer, run, self.patch_embedding, self.num_prefix_tokens)
 
     def _unknown(self, block: nn.Module) -> UsageError:
         return UsageError(
