@@ -92,6 +92,10 @@ class SparseAttention(Method):
         """Decisions from calibration data, JSON-able; given back as `kept.record`."""
         return {}
 
+    def facts(self, call: Call, kept: Kept) -> dict[str, Any]:
+        """What the report says beside the counts, JSON-able; asked at each sparse call, so it must cost nothing."""
+        return {}
+
     def prepare(self, host: Host, record: dict[str, Any]) -> None:
         """Further changes to the model, through `host.changes` (a cache of the method's own)."""
 
@@ -210,7 +214,7 @@ class _Attention:
         if blocks is None:
             self.note(self.tally.add(None))
             return call.dense()
-        self.note(self.tally.add(_density(blocks, call, kept)))
+        self.note(self.tally.add(_density(blocks, call, kept)) | method.facts(call, kept))
         return method.mix(call, blocks, kept)
 
 
