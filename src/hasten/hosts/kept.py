@@ -2,8 +2,11 @@
 
 A slot is a place in the storage, a column a place in the (padded) text. Slots are in the order of their columns. A row
 that keeps fewer tokens than its neighbours, or is padded, has hidden slots in front, as many for each of its heads.
+Once heads keep different numbers of tokens the storage is `Ragged`; the layer then shows itself as if each head had as
+many slots as the longest, with hidden ones in front, but these take no memory.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +14,13 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from hasten.core.errors import UsageError
-from hasten.hosts.attention import is_causal
+from hasten.hosts.attention import Call
+from hasten.hosts.ragged import Ragged, packed
+
+try:
+    from hasten.kernels.gather_attention import gather_attention
+except ImportError:
+    gather_attention = None
 
 CHUNK = 64
 
@@ -25,9 +34,13 @@ class KeptLayer(CacheLayerMixin):
     """Keys and values of one layer, [batch, kv heads, slots, dim].
 
     Attributes:
-        length: slots in use; seen: columns so far; tail: slots at the end that hold the last columns, none missing.
-        lead: hidden slots in front of each row, int64 [batch] on the CPU, or None where nothing is hidden.
-        visible: the same as a mask, bool [batch, room].
+        length: slots in use; seen: columns so far; tail: slots at the end that hold the last columns, none missing;
+            cut: columns seen when tokens went last.
+        lead: hidden slots in front, int64 on the CPU, of each row [batch], or with `ragged` of each head [batch, kv
+            heads]; None where nothing is hidden.
+        visible: the same as a mask, bool [batch, room]; None with `ragged`.
+        ragged: the storage once heads keep different numbers of tokens, else None.
+        padding: columns of padding in front of each row, int64 [batch] on the CPU, or None for none.
         kept: columns of the slots that the last eviction left, int64 [batch, kv heads, slots], or None before any.
         queries: the latest queries, each [batch, heads, some, dim], joined only when an eviction needs them.
         scores: of the slots in use, kept while later layers may still push them out.
@@ -44,9 +57,11 @@ class KeptLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.is_initialized = False
-        self.length = self.seen = self.tail = 0
+        self.length = self.seen = self.tail = self.cut = 0
         self.lead: torch.Tensor | None = None
         self.visible: torch.Tensor | None = None
+        self.ragged: Ragged | None = None
+        self.padding: torch.Tensor | None = None
         self.kept: torch.Tensor | None = None
         self.queries: list[torch.Tensor] = []
         self.scores: torch.Tensor | None = None
@@ -60,28 +75,54 @@ class KeptLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """[batch, kv heads, length, dim]: a view, or with `ragged` a copy."""
+        if self.ragged is not None:
+            return self.ragged.padded(self.ragged.keys)
         return None if self._keys is None else self._keys.narrow(2, 0, self.length)
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        if self.ragged is not None:
+            return self.ragged.padded(self.ragged.values)
         return None if self._values is None else self._values.narrow(2, 0, self.length)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the storage, unused slots included."""
+        if self.ragged is not None:
+            return self.ragged.nbytes
         stores = (self._keys, self._values)
         return sum(store.untyped_storage().nbytes() for store in stores if store is not None)
 
     @property
     def batch_size(self) -> int:
-        return -1 if self._keys is None else self._keys.shape[0]
+        return self.shape[0] if self.is_initialized else -1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and kv heads."""
+        batch, heads = self._keys.shape[:2] if self.ragged is None else self.ragged.lengths.shape
+        return batch, heads
 
     def columns(self) -> torch.Tensor:
         """The column of each slot in use, int64 [batch, kv heads, slots]; without meaning for hidden slots."""
-        batch, heads = self._keys.shape[:2]
+        if self.ragged is not None:
+            return self.ragged.text(self.seen)
+        batch, heads = self.shape
         appended = self.length - (0 if self.kept is None else self.kept.shape[2])
-        last = torch.arange(self.seen - appended, self.seen, device=self._keys.device).expand(batch, heads, appended)
+        last = torch.arange(self.seen - appended, self.seen, device=self.device).expand(batch, heads, appended)
         return last if self.kept is None else torch.cat([self.kept, last], dim=-1)
+
+    def positions(self) -> torch.Tensor:
+        """The place in its own text of each slot in use, [batch, kv heads, slots]: its column without the padding."""
+        columns = self.columns()
+        return columns if self.padding is None else columns - self.padding.to(columns.device)[:, None, None]
+
+    def shown(self) -> torch.Tensor | None:
+        """Which slots in use hold a token, bool [batch, 1 or kv heads, slots]; None for all."""
+        if self.ragged is None:
+            return None if self.visible is None else self.visible[:, None, : self.length]
+        return torch.arange(self.length, device=self.device) >= self.length - self.ragged.lengths[:, :, None]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
@@ -91,21 +132,28 @@ class KeptLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [batch, kv heads, new, dim] and returns all that is stored, as views."""
-        if self._keys is None:
+        """Appends [batch, kv heads, new, dim]; returns views of all that is stored, or what is new with `ragged`."""
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new, start = key_states.shape[2], self.length
         length = start + new
+        if self.ragged is not None:
+            self.ragged.append(key_states, value_states, room_for(length) - length)
+            self._passed(new)
+            return key_states, value_states
         if length > self._keys.shape[2]:
             self._keys, self._values = self._grown(self._keys, length), self._grown(self._values, length)
             self._show()
         keys, values = self._keys.narrow(2, 0, length), self._values.narrow(2, 0, length)
         keys[:, :, start:] = key_states
         values[:, :, start:] = value_states
-        self.length = length
+        self._passed(new)
+        return keys, values
+
+    def _passed(self, new: int) -> None:
+        self.length += new
         self.seen += new
         self.tail += new
-        return keys, values
 
     def _grown(self, store: torch.Tensor, length: int) -> torch.Tensor:
         wider = store.new_empty(*store.shape[:2], room_for(length), store.shape[3])
@@ -113,11 +161,11 @@ class KeptLayer(CacheLayerMixin):
         return wider
 
     def _show(self) -> None:
-        if self.lead is None or not self.lead.any():
+        if self.ragged is not None or self.lead is None or not self.lead.any():
             self.visible = None
         else:
-            slots = torch.arange(self._keys.shape[2], device=self._keys.device)
-            self.visible = slots >= self.lead.to(self._keys.device)[:, None]
+            slots = torch.arange(self._keys.shape[2], device=self.device)
+            self.visible = slots >= self.lead.to(self.device)[:, None]
 
     def hide(self, lead: torch.Tensor | None) -> None:
         """Hides the first slots of each row, int64 [batch] on the CPU."""
@@ -125,25 +173,31 @@ class KeptLayer(CacheLayerMixin):
         self._show()
 
     def real(self) -> torch.Tensor:
-        """Slots of each row that hold a token, int64 [batch] on the CPU."""
-        full = torch.full((self.batch_size,), self.length)
+        """Slots that hold a token, int64 on the CPU, of each row [batch], or with `ragged` [batch, kv heads]."""
+        full = torch.full(self.shape if self.ragged is not None else self.shape[:1], self.length)
         return full if self.lead is None else full - self.lead
 
-    def mask(self, query: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
-        """The mask over slots, [batch, 1 or heads, queries, slots], from the one over columns; None hides nothing."""
-        if self.kept is None:
+    def mask(self, query: torch.Tensor, given: torch.Tensor | None, plain: bool) -> torch.Tensor | None:
+        """The mask over slots, [batch, 1 or heads, queries, slots], from the one over columns; None hides nothing.
+
+        Args:
+            query: [batch, heads, queries, dim].
+            given: the model's own; plain: whether it hides nothing but later columns and the padding.
+        """
+        if self.kept is None and self.ragged is None:
             return given
         batch, heads, new = query.shape[:3]
-        old = self.length - new
-        if given is not None and not is_causal(given):
-            columns = self.columns().repeat_interleave(heads // self._keys.shape[1], dim=1)[:, :, None]
+        kv_heads, old, shown = self.shape[1], self.length - new, self.shown()
+        if shown is not None and shown.shape[1] > 1:
+            shown = shown.repeat_interleave(heads // kv_heads, dim=1)
+        shown = None if shown is None else shown[:, :, None]
+        if given is not None and not plain:
+            columns = self.columns().repeat_interleave(heads // kv_heads, dim=1)[:, :, None]
             given = given.expand(batch, heads, new, given.shape[-1])
             given = given.gather(-1, columns.expand(-1, -1, new, -1))
-            if self.visible is None:
+            if shown is None:
                 return given
-            hidden = ~self.visible[:, None, None, : self.length]
-            return given.masked_fill(hidden, False if given.dtype == torch.bool else torch.finfo(given.dtype).min)
-        shown = None if self.visible is None else self.visible[:, None, None, : self.length]
+            return given.masked_fill(~shown, False if given.dtype == torch.bool else torch.finfo(given.dtype).min)
         if new == 1:
             return shown
         if given is None:
@@ -151,7 +205,24 @@ class KeptLayer(CacheLayerMixin):
         else:
             among = given[..., -new:]
         before = among.new_ones(1, 1, 1, old) if shown is None else shown[..., :old]
-        return torch.cat([before.expand(batch, 1, new, old), among.expand(batch, 1, new, new)], dim=-1)
+        among = among.expand(batch, before.shape[1], new, new)
+        return torch.cat([before.expand(batch, -1, new, old), among], dim=-1)
+
+    def attend(self, call: Call, plain: bool) -> torch.Tensor:
+        """Attention over `ragged` storage, [batch, heads, queries, dim]; `plain` as in `mask`."""
+        assert self.ragged is not None
+        if plain and gather_attention is not None:
+            return gather_attention(
+                call.query, self.ragged.keys, self.ragged.values, starts=self.ragged.starts,
+                lengths=self.ragged.lengths, scaling=call.scaling,
+            )  # fmt: skip
+        return self.dense(call, self.mask(call.query, call.mask, plain))
+
+    def dense(self, call: Call, mask: torch.Tensor | None) -> torch.Tensor:
+        """SDPA over what is stored, [batch, heads, queries, dim], with a mask over slots."""
+        keys, values = self.keys, self.values
+        assert keys is not None and values is not None
+        return dataclasses.replace(call, key=keys, value=values, mask=mask).dense()
 
     def remember(self, query: torch.Tensor, window: int) -> None:
         """Keeps the latest queries for a later eviction, and some before them in case tokens are taken back."""
@@ -165,33 +236,62 @@ class KeptLayer(CacheLayerMixin):
         return torch.cat(self.queries, dim=2)[:, :, -window:]
 
     def evict(self, scores: torch.Tensor, counts: torch.Tensor, tail: int, spare: int = 0) -> None:
-        """Keeps the best slots of each row and frees the rest.
+        """Keeps the best slots of each head and frees the rest.
 
         Args:
             scores: [batch, kv heads, slots]: +inf is kept in any case, -inf never in preference to a token.
-            counts: slots to keep in each row, int64 [batch] on the CPU.
+            counts: slots to keep, int64 on the CPU, in each row [batch], or in each head [batch, kv heads].
             tail: how many of the last slots are among them in any case.
             spare: unused slots that may stay allocated; with 0 the storage holds exactly what is kept.
         """
-        counts = torch.minimum(counts, self.real())
-        keep = int(counts.max())
-        if keep == self.length and torch.equal(counts, self.real()):
+        real = self.real()
+        counts, real = (one if one.ndim == 2 else one[:, None].expand(self.shape) for one in (counts, real))
+        counts = torch.minimum(counts, real)
+        if torch.equal(counts, real):
             return
-        uneven = int(counts.min()) < keep
+        keep, uneven = int(counts.max()), int(counts.min()) < int(counts.max())
         slots = scores.topk(keep, dim=-1, sorted=uneven).indices
         if uneven:
             rank = torch.arange(keep, device=slots.device)
-            slots = slots.masked_fill(rank >= counts.to(slots.device)[:, None, None], -1)
-        slots = slots.sort(dim=-1).values.clamp_(min=0)
-        self.kept = self.columns().gather(2, slots)
+            slots = slots.masked_fill(rank >= counts.to(slots.device)[:, :, None], -1)
+        self._take(slots.sort(dim=-1).values.clamp_(min=0), counts, min(tail, self.tail), spare)
+
+    def retain(self, keep: torch.Tensor, spare: int = 0) -> None:
+        """Frees every slot where `keep`, bool [batch or 1, 1 or kv heads, slots], does not hold, and hidden ones."""
+        keep = keep.expand(*self.shape, self.length)
+        gone = (~keep).flatten(0, 1).any(dim=0).nonzero()
+        tail = self.length - 1 - int(gone[-1]) if len(gone) else self.length
+        shown = self.shown()
+        keep = keep if shown is None else keep & shown
+        counts = keep.sum(dim=-1)
+        most = int(counts.max())
+        if most == self.length and bool((counts == most).all()):
+            return
+        slots = keep.to(torch.int8).argsort(dim=-1, stable=True)[..., self.length - most :]
+        self._take(slots, counts.cpu(), min(tail, self.tail), spare)
+
+    def _take(self, slots: torch.Tensor, counts: torch.Tensor, tail: int, spare: int) -> None:
+        """Keeps, of each head, the last `counts` (int64 [batch, kv heads]) of these ascending slots."""
+        keep = slots.shape[2]
+        hidden = keep - counts
         if self.scores is not None:
-            self.scores = scores.gather(2, slots)
-            if uneven:
-                hidden = rank < (keep - counts).to(slots.device)[:, None, None]
-                self.scores = self.scores.masked_fill(hidden, -torch.inf)
-        self._keys, self._values = self._chosen(self._keys, slots, spare), self._chosen(self._values, slots, spare)
-        self.length, self.tail = keep, min(tail, self.tail)
-        self.lead = keep - counts if uneven else None
+            places = torch.arange(keep, device=slots.device)
+            self.scores = self.scores.gather(2, slots).masked_fill(
+                places < hidden.to(slots.device)[:, :, None], -torch.inf
+            )
+        if self.ragged is None and bool((counts == counts[:, :1]).all()):
+            self.kept = self.columns().gather(2, slots)
+            self._keys, self._values = self._chosen(self._keys, slots, spare), self._chosen(self._values, slots, spare)
+            hidden = hidden[:, 0]
+        else:
+            lengths, spare = counts.to(slots.device), min(spare, CHUNK)
+            if self.ragged is not None:
+                self.ragged = self.ragged.select(slots, lengths, self.seen, spare)
+            else:
+                self.ragged = packed(self._keys, self._values, self.columns(), slots, lengths, spare)
+            self._keys = self._values = self.kept = None
+        self.length, self.tail, self.cut = keep, tail, self.seen
+        self.lead = hidden if bool(hidden.any()) else None
         self._show()
 
     def _chosen(self, store: torch.Tensor, slots: torch.Tensor, spare: int) -> torch.Tensor:
@@ -223,7 +323,7 @@ class KeptLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise UsageError("crop takes a negative number of tokens to remove, not the length that should be left")
         count = -tokens_to_remove
-        if count == 0 or self._keys is None:
+        if count == 0 or not self.is_initialized:
             return
         if count > self.tail:
             raise UsageError(
@@ -233,6 +333,8 @@ class KeptLayer(CacheLayerMixin):
         self.length -= count
         self.seen -= count
         self.tail -= count
+        if self.ragged is not None:
+            self.ragged.crop(count)
         if self.kept is not None and self.length < self.kept.shape[2]:
             self.kept = self.kept[:, :, : self.length]
         while count and self.queries:
@@ -250,10 +352,20 @@ class KeptLayer(CacheLayerMixin):
 
     def _rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.queries = [pick(one) for one in self.queries]
-        for name in ("_keys", "_values", "visible", "kept", "scores", "lead", "counts", "recent"):
+        if self.ragged is not None:
+            self.ragged.rows(pick)
+            self._shorten(self.length - self.ragged.longest)
+        for name in ("_keys", "_values", "visible", "kept", "scores", "lead", "padding", "counts", "recent"):
             held = getattr(self, name)
             if held is not None:
                 setattr(self, name, pick(held))
+
+    def _shorten(self, count: int) -> None:
+        """Leaves out the first slots, which are hidden in every head that is left."""
+        if count:
+            self.length -= count
+            self.lead = None if self.lead is None else self.lead - count
+            self.scores = None if self.scores is None else self.scores[..., count:]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)

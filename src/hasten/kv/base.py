@@ -19,11 +19,14 @@ from transformers.cache_utils import Cache
 
 from hasten.core.errors import UsageError
 from hasten.core.options import Method, option
-from hasten.hosts.attention import hand_over
+from hasten.hosts.attention import Call, hand_over
 from hasten.hosts.base import Host
 from hasten.hosts.caching import use_cache
 from hasten.hosts.context import Context
 from hasten.hosts.kept import KeptLayer, room_for
+from hasten.hosts.padding import Padding
+from hasten.kv._heads import spread
+from hasten.kv import _contexts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Eviction(Method):
     window: int = option(32, "last queries whose attention is looked at; as many last tokens always stay", least=1)
     decode: bool = option(True, "evict while decoding too, so that the cache stays as small as after the prompt")
     every: int = option(32, "while decoding, evict once this many tokens have come, by their attention", least=1)
+    heads: bool = option(False, "heads share their layer's budget: the best tokens of all of them together stay")
+    floor: float = option(0.2, "with heads: the fraction of its even share that each head gets", least=0, most=1)
 
     def rate(
         self, weights: torch.Tensor, recent: torch.Tensor, lead: torch.Tensor, groups: int, decoding: bool
@@ -92,7 +97,7 @@ def window_attention(query: torch.Tensor, key: torch.Tensor, scaling: float, lea
 
     Args:
         query: [batch, heads, queries, dim], the last slots' own; key: [batch, kv heads, slots, dim].
-        lead: int64 [batch], hidden slots in front of each row.
+        lead: hidden slots in front, int64, of each row [batch] or of each kv head [batch, kv heads].
     """
     batch, heads, queries, dim = query.shape
     kv_heads, slots = key.shape[1:3]
@@ -103,8 +108,9 @@ def window_attention(query: torch.Tensor, key: torch.Tensor, scaling: float, lea
         later = torch.ones(queries, queries, dtype=torch.bool, device=key.device).triu(1)
         scores[..., slots - queries :].masked_fill_(later, low)
     if lead is not None:
-        hidden = torch.arange(slots, device=key.device) < lead.to(key.device)[:, None]
-        scores.masked_fill_(hidden[:, None, None], low)
+        lead = lead.to(key.device).view(batch, -1, 1, 1, 1)
+        hidden = torch.arange(slots, device=key.device) < lead
+        scores.view(batch, kv_heads, -1, queries, slots).masked_fill_(hidden, low)
     return scores.softmax(dim=-1)
 
 
@@ -123,7 +129,7 @@ class KeptCache(Cache):
         super().__init__(layers=[])
         self.method, self.num_layers, self.prompt = method, num_layers, prompt
         self._wants: list[torch.Tensor] = []
-        self._padding: tuple[Any, torch.Tensor | None] = (None, None)
+        self._padding = Padding()
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +161,16 @@ class KeptCache(Cache):
         return hand_over(keys, self, layer_idx), values
 
     def mask(self, layer: int, query: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
-        return self.layers[layer].mask(query, given)
+        held = self.layers[layer]
+        return given if held.kept is None else held.mask(query, given, self._padding.plain(given, held.seen))
+
+    def attend(self, layer: int, call: Call) -> torch.Tensor | None:
+        held = self.layers[layer]
+        if held.ragged is None:
+            return None
+        output = held.attend(call, self._padding.plain(call.mask, held.seen))
+        self.observe(layer, call.module, call.query, call.key, call.value, call.mask, call.scaling)
+        return output
 
     def observe(
         self, layer: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -178,21 +193,8 @@ class KeptCache(Cache):
             held.remember(query, window)
             query = held.latest(window)
         held.scaling, held.queries, held.settled = scaling, [], True
-        held.hide(self._lead(mask, held))
+        held.hide(self._padding.lead(mask, held.seen, held.batch_size))
         self._settle(held, query[:, :, -window:], query.shape[1] // key.shape[1])
-
-    def _lead(self, mask: torch.Tensor | None, layer: KeptLayer) -> torch.Tensor | None:
-        """Left padding of each row, int64 [batch] on the CPU, read off what the last query sees; once per forward."""
-        if mask is None:
-            return None
-        if self._padding[0] != (id(mask), layer.seen):
-            sees = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] > -1
-            sees = sees.expand(layer.batch_size, -1)
-            if bool((sees[:, :-1] & ~sees[:, 1:]).any()):
-                raise UsageError("a cache that evicts needs padding on the left, not at a row's end or inside")
-            lead = (~sees).sum(dim=-1).cpu()
-            self._padding = ((id(mask), layer.seen), lead if bool(lead.any()) else None)
-        return self._padding[1]
 
     def _settle(self, layer: KeptLayer, query: torch.Tensor, groups: int) -> None:
         """Rates a layer whose prompt is complete, then cuts it and those before it to their shares."""
@@ -217,56 +219,70 @@ class KeptCache(Cache):
         counts = whole(shares) if last else torch.minimum(shares.floor().long() + 1, most)
         settled = [one for one in self.layers if one.scores is not None]
         for one, count in zip(settled, counts + recent, strict=True):
-            one.evict(one.scores, count, int(recent.min()))
+            one.evict(one.scores, self._shares(one.scores, count), int(recent.min()))
             one.counts = torch.where(sizes < real, count, sizes)
             self._set_limit(one)
             if last:
                 one.scores = None
 
+    def _shares(self, scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Slots to keep in each row or head, from those of a head on average, int64 [batch]."""
+        return spread(scores, counts, self.method.floor) if self.method.heads else counts
+
     def _set_limit(self, layer: KeptLayer) -> None:
         if self.method.decode:
-            full = layer.counts if layer.lead is None else layer.counts + layer.lead
-            layer.limit = int(full.min()) + self.method.every
+            real = layer.real()
+            free = layer.counts - (real if real.ndim == 1 else real.sum(1) // real.shape[1])
+            layer.limit = layer.length + int(free.min()) + self.method.every
 
     def _decode_evict(self, layer: KeptLayer) -> None:
         if not layer.queries:
             return
         real = layer.real()
-        recent = torch.minimum(layer.recent, real)
+        least, most = (real, real) if real.ndim == 1 else (real.amin(1), real.amax(1))
+        recent = torch.minimum(layer.recent, least)
         queries = layer.latest(self.method.window)
-        groups = queries.shape[1] // layer.keys.shape[1]
+        groups = queries.shape[1] // layer.shape[1]
         weights = window_attention(queries, layer.keys, layer.scaling, layer.lead)
-        lead = layer.length - real
-        scores, _ = self.method.rate(weights, recent, lead, groups, True)
-        spare = 2 * room_for(layer.length) - 2 * layer.length  # else every step would allocate anew
-        layer.evict(fence(scores, recent, lead), layer.counts, int(recent.min()), spare)
+        scores, _ = self.method.rate(weights, recent, layer.length - most, groups, True)
+        scores = fence(scores, recent, layer.length - real)
+        spare = self.method.every  # else every step would allocate anew
+        if layer.ragged is None:
+            spare = 2 * room_for(layer.length) - 2 * layer.length
+        layer.evict(scores, self._shares(scores, layer.counts), int(recent.min()), spare)
         layer.queries = []
         self._set_limit(layer)
 
     def reset(self) -> None:
         super().reset()
-        self.prompt, self._wants = None, []
+        self.prompt, self._wants, self._padding = None, [], Padding()
 
 
 def fence(scores: torch.Tensor, recent: torch.Tensor, lead: torch.Tensor) -> torch.Tensor:
-    """Scores [batch, kv heads, slots] with +inf at the last `recent` and -inf at the first `lead` slots of each row."""
+    """Scores [batch, kv heads, slots] with +inf at the last `recent` and -inf at the first `lead` slots.
+
+    Args:
+        recent: int64 [batch]; lead: int64 [batch] or [batch, kv heads].
+    """
     slots = torch.arange(scores.shape[-1], device=scores.device)
-    recent, lead = recent.to(scores.device)[:, None, None], lead.to(scores.device)[:, None, None]
+    recent, lead = (one.to(scores.device).view(len(scores), -1, 1) for one in (recent, lead))
     scores = scores.masked_fill(slots >= scores.shape[-1] - recent, torch.inf)
     return scores.masked_fill(slots < lead, -torch.inf)
 
 
-def install(method: Eviction, host: Host, context: Context) -> dict[str, Any]:
+def install(method: Eviction | _contexts.ContextReuse, host: Host, context: Context) -> dict[str, Any]:
     """Gives a decoder caches that evict, in `generate` and from `host.new_cache()`.
 
     Raises:
         UsageError: no transformers decoder, one whose layers already see only a part of the text (sliding or chunked
             windows, recurrent states), an encoder-decoder, or an attention that can't be observed.
     """
+    if isinstance(method, _contexts.ContextReuse):
+        return _contexts.install(method, host, context)
     use_cache(host, method.name, lambda prompt: KeptCache(method, len(host.cache_layers), prompt))
     return {}
 
 
-def restore(method: Eviction, host: Host, record: dict[str, Any]) -> None:
+def restore(method: Eviction | _contexts.ContextReuse, host: Host, record: dict[str, Any]) -> None:
     """The same change on a model that is loaded; the weights are untouched by it."""
     install(method, host, Context())
