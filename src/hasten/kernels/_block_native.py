@@ -40,10 +40,9 @@ def library(isa: str | None = None) -> ctypes.CDLL | None:
     """The built kernel; None where it can't be built."""
     found = native.library("block_attention.cpp", isa=isa)
     if found is not None:
-        for name in ("hasten_block_attention", "hasten_block_attention_backward"):
-            if hasattr(found, name):
-                getattr(found, name).restype = None
-                getattr(found, name).argtypes = [ctypes.POINTER(_Call)]
+        for function in (found.hasten_block_attention, found.hasten_block_attention_backward):
+            function.restype = None
+            function.argtypes = [ctypes.POINTER(_Call)]
     return found
 
 
@@ -56,14 +55,14 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: Blocks, scaling: float, causal: bool,
     begin: Tensor | None = None, end: Tensor | None = None, stop: float | None = None, *, isa: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output [B, H, Nq, e] in q's dtype and log-sum-exp float32 [B, H, Nq] of CPU tensors."""
+    """Output [B, H, Nq, e] and log-sum-exp [B, H, Nq] of CPU tensors, both float32, as `backward` wants them."""
     out = torch.empty(*q.shape[:3], v.shape[3])
     lse = torch.empty(q.shape[:3])
     call, kept = _call(q, k, v, blocks, scaling, causal, begin, end, stop)
     call.out, call.lse = out.data_ptr(), lse.data_ptr()
     _run("hasten_block_attention", call, isa)
     del kept
-    return out.to(q.dtype), lse
+    return out, lse
 
 
 def backward(
@@ -71,14 +70,6 @@ def backward(
     scaling: float, causal: bool, begin: Tensor | None = None, end: Tensor | None = None, *, isa: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from those of `forward`'s output and (where it was used) log-sum-exp."""
-    if not hasattr(library(isa), "hasten_block_attention_backward"):
-        from hasten.kernels.block_attention import torch_attention
-
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            both = torch_attention(*leaves, blocks, scaling, causal, begin, end)
-            pairs = [(x, g) for x, g in zip(both, (dout, dlse), strict=True) if g is not None]
-            return torch.autograd.grad([x for x, _ in pairs], leaves, [g for _, g in pairs])
     (dq, dk, dv), more = [torch.empty(x.shape) for x in (q, k, v)], [x.float().contiguous() for x in (dout, out, lse)]
     call, kept = _call(q, k, v, blocks, scaling, causal, begin, end, None)
     call.dout, call.out, call.lse = (x.data_ptr() for x in more)

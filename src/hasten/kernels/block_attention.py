@@ -214,7 +214,7 @@ class _Native(torch.autograd.Function):
             assert stop is None, "early stopping has no gradient"
             ctx.save_for_backward(q, k, v, out, log)
             ctx.given = blocks, scaling, causal, begin, end
-        return out, log
+        return out.to(q.dtype), log
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

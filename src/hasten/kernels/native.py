@@ -13,6 +13,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,7 @@ def library(source: str, defines: tuple[str, ...] = (), isa: str | None = None) 
     file = pathlib.Path(__file__).with_name(source)
     flags = (*_COMMON, *FLAGS.get(isa or capability(), ()), *("-D" + one for one in defines))
     openmp = _openmp()
-    key = "\0".join((file.read_text(), *flags, *openmp, found, _version(found), platform.machine()))
+    key = "\0".join((_text(file), *flags, *openmp, found, _version(found), platform.machine()))
     name = f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     for folder in (cache_folder(), pathlib.Path(tempfile.gettempdir()) / f"hasten-{os.getuid()}"):
         try:
@@ -76,6 +77,13 @@ def library(source: str, defines: tuple[str, ...] = (), isa: str | None = None) 
         except (OSError, subprocess.SubprocessError):
             continue
     return None
+
+
+def _text(file: pathlib.Path) -> str:
+    """The source with the files of its folder that it includes."""
+    text = file.read_text()
+    included = re.findall(r'^#include "([^"]+)"', text, flags=re.MULTILINE)
+    return "\0".join((text, *(_text(file.with_name(name)) for name in included)))
 
 
 def _build(
