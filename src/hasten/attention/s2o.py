@@ -24,7 +24,6 @@ from hasten.core.cards import Card
 from hasten.core.options import option
 from hasten.kernels.block_attention import attention
 from hasten.math.blocks import Blocks, in_range, spread
-from hasten.math.online_softmax import merge
 from hasten.math.shapes import Float, Int
 
 CARD = Card(
@@ -173,28 +172,45 @@ def read(
     q: Tensor, k: Tensor, v: Tensor, window: Blocks, order: Tensor, counts: Tensor, segment: int, tile: int,
     stop: float, scaling: float, begin: Tensor | None, end: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Both passes: the output and the tiles read."""
+    """Both passes: the output and the tiles read. Blocks that have stopped are left out of later rounds."""
     out, log = attention(q, k, v, window, scaling=scaling, begin=begin, end=end, lse=True)
-    nq, block = q.shape[2], window.block_q
-    tq = -(-nq // block)
+    (batch, heads, nq, _), block = q.shape, window.block_q
+    q_cut, out_cut = (cut(x, window.q_order, block) for x in (q, out))  # [B, H, Tq, block, d]
+    log_cut = cut(log[..., None], window.q_order, block, torch.inf)[..., 0]  # rows of padding gain nothing
     whose = torch.arange(0, nq, block, device=q.device) // segment  # [Tq], each block's segment
-    counts = counts[..., whose].expand(*q.shape[:2], -1)
+    counts = counts[..., whose].expand(batch, heads, -1)
     visited, active, done = torch.zeros_like(counts), counts > 0, 0
-    while bool(active.any()):
-        reading = max(1, done)
-        some = order[:, :, whose, done * tile : (done + reading) * tile]
-        number = (counts - done * tile).clamp(0, some.shape[-1]) * active
-        lists = dataclasses.replace(window, counts=number.int(), indices=some.contiguous())
-        more, log_more = attention(q, k, v, lists, scaling=scaling, begin=begin, end=end, lse=True)
-        out, total = merge([out, more], [log, log_more])
-        tiles = -(-number // tile)
-        gain = 1 - (log - total).exp().nan_to_num(1.0)  # [B, H, Nq]; 0 where a query sees nothing
-        if window.q_order is not None:
-            gain = gain.gather(-1, window.q_order)
-        gain = torch.nn.functional.pad(gain, (0, tq * block - nq)).unflatten(-1, (tq, block)).amax(-1)
-        visited, log, done = visited + tiles, total, done + reading
-        active = active & (counts > done * tile) & ~(gain < stop * tiles)
+    row, head = torch.arange(batch, device=q.device)[:, None, None], torch.arange(heads, device=q.device)[:, None]
+    while number := int(active.sum(-1).max()):
+        ids = active.byte().sort(dim=-1, descending=True, stable=True).indices[..., :number]  # [B, H, number]
+        at, reading = (row, head, ids), max(1, done)
+        lists = order[row, head, whose[ids], done * tile : (done + reading) * tile]
+        new = (counts[at] - done * tile).clamp(0, lists.shape[-1]) * active[at]
+        more, log_more = attention(
+            q_cut[at].flatten(2, 3), k, v, Blocks(new.int(), lists.contiguous(), block, 1), scaling=scaling,
+            causal=False, begin=begin, end=end, lse=True,
+        )  # fmt: skip
+        old, log_more = log_cut[at], log_more.unflatten(-1, (number, block))
+        total = torch.logaddexp(old, log_more)
+        share = (log_more - total).exp().nan_to_num(0.0)  # of what was read now; 0 where a query sees nothing
+        mixed = out_cut[at].lerp(more.unflatten(2, (number, block)), share.to(out.dtype)[..., None])
+        put = Tensor.index_put if mixed.requires_grad else Tensor.index_put_
+        out_cut, log_cut = put(out_cut, at, mixed), put(log_cut, at, total)
+        tiles, done = -(-new // tile), done + reading
+        visited[at] += tiles
+        active[at] &= (counts[at] > done * tile) & ~(share.amax(-1) < stop * tiles)
+    out = out_cut.flatten(2, 3)[:, :, :nq]
+    if window.q_order is not None:
+        out = torch.empty_like(out).scatter(2, window.q_order[..., None].expand_as(out), out)
     return out, visited
+
+
+def cut(x: Tensor, order: Tensor | None, block: int, fill: float = 0.0) -> Tensor:
+    """Rows [B, H, N, d] in a given order, cut into blocks: [B, H, T, block, d]."""
+    if order is not None:
+        x = x.gather(2, order[..., None].expand_as(x))
+    blocks = -(-x.shape[2] // block)
+    return torch.nn.functional.pad(x, (0, 0, 0, blocks * block - x.shape[2]), value=fill).unflatten(2, (blocks, block))
 
 
 @dataclasses.dataclass(frozen=True)
