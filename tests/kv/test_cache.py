@@ -96,17 +96,20 @@ def referee(monkeypatch):
 
 def shown(cache, columns):
     for index, layer in enumerate(cache.layers):
-        real = torch.arange(layer.length) >= (layer.length - layer.real())[:, None, None]
-        kept = torch.zeros(*layer.keys.shape[:2], columns, dtype=torch.bool)
-        SHOWN[index] = kept.scatter_(2, layer.columns(), real.expand_as(layer.columns()))
+        SHOWN[index] = torch.zeros(*layer.shape, columns, dtype=torch.bool)
+        for row in range(layer.batch_size):
+            for head, held in enumerate(columns_of(layer, row)):
+                assert len(held.unique()) == len(held)
+                SHOWN[index][row, head, held] = True
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("heads", [False, True], ids=["even", "heads"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_decoding_after_eviction_is_attention_over_the_kept_tokens(name, referee):
+def test_decoding_after_eviction_is_attention_over_the_kept_tokens(name, heads, referee):
     model, ids = build(name), tokens(1, 40)
     other, full = referee(model), DynamicCache()
-    handle = applied(model)
+    handle = applied(model, heads=heads)
     cache = handle.host.new_cache()
     start = 0
     for end in (30, 31, 32, 33, 36, 37, 38, 39, 40):
@@ -119,14 +122,18 @@ def test_decoding_after_eviction_is_attention_over_the_kept_tokens(name, referee
         assert torch.allclose(got, want, atol=2e-5), (name, end, (got - want).abs().max())
         assert cache.get_seq_length() == end
         start = end
-    assert all(layer.length <= int(layer.counts.max()) + 2 for layer in cache.layers)
+    for layer in cache.layers:
+        mean = layer.real().float().mean(-1) if layer.ragged else layer.real()
+        assert (mean <= layer.counts + 2).all()
+    assert any(layer.ragged for layer in cache.layers) == (heads and cache.layers[0].shape[1] > 1)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("heads", [False, True], ids=["even", "heads"])
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_padded_rows_equal_single_rows(name):
+def test_padded_rows_equal_single_rows(name, heads):
     model, ids, pads = build(name), tokens(3, 46), (0, 13, 21)
-    handle = applied(model)
+    handle = applied(model, heads=heads)
     mask = torch.ones_like(ids)
     for row, pad in enumerate(pads):
         mask[row, :pad] = 0
@@ -139,9 +146,15 @@ def test_padded_rows_equal_single_rows(name):
             want = model(ids[row : row + 1, max(pad, start) : end], past_key_values=cache).logits
             assert torch.allclose(got[row, -want.shape[1] :], want[0], atol=2e-5), (row, end)
             for layer, single in zip(batch.layers, cache.layers, strict=True):
-                assert int(layer.real()[row]) == single.length
-                assert torch.equal(layer.columns()[row, :, -single.length :] - pad, single.columns()[0])
+                mine, its = columns_of(layer, row), columns_of(single, 0)
+                assert all(torch.equal(one - pad, other) for one, other in zip(mine, its, strict=True))
         start = end
+
+
+def columns_of(layer, row):
+    """The columns that each head of a row holds."""
+    shown = torch.arange(layer.length) >= (layer.length - layer.real()[row]).view(-1, 1)
+    return [one[seen] for one, seen in zip(layer.columns()[row], shown.expand(layer.shape[1], -1), strict=True)]
 
 
 def stored_bytes(cache):
@@ -248,18 +261,21 @@ def test_generate_greedy_sampled_beams_and_continued():
 
 
 @torch.no_grad()
-def test_a_prompt_in_chunks_keeps_the_same_tokens():
+@pytest.mark.parametrize("heads", [False, True], ids=["even", "heads"])
+def test_a_prompt_in_chunks_keeps_the_same_tokens(heads):
     model, ids = build(), tokens(2, 44)
     mask = torch.ones_like(ids)
     mask[0, :11] = 0
-    handle = applied(model)
+    handle = applied(model, heads=heads)
     once, chunks = handle.host.new_cache(), handle.host.new_cache(prompt=40)
     model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=once)
     for end in (7, 14, 21, 38, 40):
         model(ids[:, chunks.get_seq_length() : end], attention_mask=mask[:, :end], past_key_values=chunks)
     for one, other in zip(once.layers, chunks.layers, strict=True):
-        assert torch.equal(one.columns()[1], other.columns()[1]) and one.lead.tolist() == other.lead.tolist()
-        assert torch.allclose(one.keys[1], other.keys[1], atol=1e-5)
+        assert one.real().tolist() == other.real().tolist()
+        assert all(torch.equal(*pair) for pair in zip(columns_of(one, 1), columns_of(other, 1), strict=True))
+        slots = int(one.real()[1].min())
+        assert torch.allclose(one.keys[1][:, -slots:], other.keys[1][:, -slots:], atol=1e-5)
     step = {"input_ids": ids[:, 40:41], "attention_mask": mask[:, :41]}
     assert torch.allclose(
         model(**step, past_key_values=once).logits, model(**step, past_key_values=chunks).logits, atol=1e-5
@@ -269,9 +285,10 @@ def test_a_prompt_in_chunks_keeps_the_same_tokens():
 
 
 @torch.no_grad()
-def test_tokens_are_taken_back_or_refused():
+@pytest.mark.parametrize("heads", [False, True], ids=["even", "heads"])
+def test_tokens_are_taken_back_or_refused(heads):
     model, ids = build(), tokens(1, 60)
-    handle = applied(model)
+    handle = applied(model, heads=heads)
     cache, other = handle.host.new_cache(), handle.host.new_cache()
     for one in (cache, other):
         model(ids[:, :40], past_key_values=one)
@@ -290,11 +307,12 @@ def test_tokens_are_taken_back_or_refused():
 
 
 @torch.no_grad()
-def test_rows_can_be_reordered_and_repeated():
+@pytest.mark.parametrize("heads", [False, True], ids=["even", "heads"])
+def test_rows_can_be_reordered_and_repeated(heads):
     model, ids = build(), tokens(2, 45)
     mask = torch.ones_like(ids)
     mask[1, :8] = 0
-    handle, order = applied(model), torch.tensor([1, 0, 1])
+    handle, order = applied(model, heads=heads), torch.tensor([1, 0, 1])
     cache, moved = handle.host.new_cache(), handle.host.new_cache()
     for one in (cache, moved):
         model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=one)
@@ -310,10 +328,11 @@ def test_rows_can_be_reordered_and_repeated():
 
 
 @torch.no_grad()
-def test_a_mask_of_ones_own_hides_evicted_neighbours_too(referee):
+@pytest.mark.parametrize("heads", [False, True], ids=["even", "heads"])
+def test_a_mask_of_ones_own_hides_evicted_neighbours_too(heads, referee):
     model, ids = build(), tokens(1, 34)
     other, full = referee(model), DynamicCache()
-    cache = applied(model).host.new_cache()
+    cache = applied(model, heads=heads).host.new_cache()
     model(ids[:, :30], past_key_values=cache)
     other(ids[:, :30], past_key_values=full)
     mask = torch.ones(1, 1, 4, 34, dtype=torch.bool).tril(30)
