@@ -1,0 +1,110 @@
+"""A text of which some tokens pass through the model again while the others bring their keys and values along."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from hasten.hosts.attention import Call, hand_over
+from hasten.kv._contexts import ComposedCache, columns, fill
+
+BLOCK = 128  # chosen tokens whose attention is computed together
+See = Callable[[int, Tensor, Tensor, float], None]
+Piece = tuple[int, Tensor, Tensor]
+"""The place of a piece's first token, and its keys and values [layers, kv heads, tokens, dim], turned to that place."""
+
+
+class Patch(Cache):
+    """The cache of one forward over chosen tokens of a text, [1, chosen].
+
+    Args:
+        length: tokens of the text.
+        pieces: what is known of it; where tokens are chosen too, theirs is replaced layer by layer.
+        slots: places of the chosen tokens, int64 [chosen], or None for the whole text.
+        see: called after each layer's attention as see(layer, query [heads, chosen, dim], keys [kv heads, length, dim],
+            scaling).
+    """
+
+    def __init__(self, length: int, pieces: Sequence[Piece], slots: Tensor | None, see: See) -> None:
+        super().__init__(layers=[])
+        self.length, self.pieces, self.slots, self.see = length, pieces, slots, see
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        lasts = [] if slots is None else slots[BLOCK - 1 :: BLOCK].tolist()
+        if slots is not None and len(slots) % BLOCK:
+            lasts.append(int(slots[-1]))
+        self.blocks = [(i * BLOCK, last + 1) for i, last in enumerate(lasts)]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        for held, new, which in ((self.keys, key_states, 1), (self.values, value_states, 2)):
+            assert len(held) == layer_idx, "layers run in order, each once"
+            if self.slots is None:
+                held.append(new)
+                continue
+            whole = new.new_empty(1, new.shape[1], self.length, new.shape[3])
+            for piece in self.pieces:
+                part = piece[which][layer_idx]
+                whole[0, :, piece[0] : piece[0] + part.shape[1]] = part
+            whole[:, :, self.slots] = new
+            held.append(whole)
+        return hand_over(self.keys[-1], self, layer_idx), self.values[-1]
+
+    def attend(self, layer: int, call: Call) -> Tensor | None:
+        """Attention of the chosen tokens, in blocks that each look no further than their last token."""
+        if self.slots is None:
+            return None
+        keys, values = self.keys[layer], self.values[layer]
+        self.see(layer, call.query[0], keys[0], call.scaling)
+        outs = []
+        for begin, end in self.blocks:
+            slots = self.slots[begin : begin + BLOCK]
+            mask = torch.arange(end, device=slots.device) <= slots[:, None]
+            outs.append(
+                nn.functional.scaled_dot_product_attention(
+                    call.query[:, :, begin : begin + BLOCK], keys[:, :, :end], values[:, :, :end], attn_mask=mask,
+                    scale=call.scaling, enable_gqa=keys.shape[1] < call.query.shape[1],
+                )
+            )  # fmt: skip
+        return torch.cat(outs, 2)
+
+    def mask(self, layer: int, query: Tensor, given: Tensor | None) -> Tensor | None:
+        return given
+
+    def observe(
+        self, layer: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+        scaling: float,
+    ) -> None:  # fmt: skip
+        self.see(layer, query[0], key[0], scaling)
+
+    @staticmethod
+    def sees(slots: Tensor, length: int) -> Tensor:
+        """Which columns each chosen token sees: those up to its own, bool [1, 1, chosen, length]."""
+        return (torch.arange(length, device=slots.device) <= slots[:, None])[None, None]
+
+
+def join(texts: list[Tensor], rows: list[list[list[Tensor]]]) -> ComposedCache:
+    """One cache from rows' keys and values, one [1, kv heads, tokens, dim] a layer; shorter rows padded on the left."""
+    cache = ComposedCache()
+    cache.text, cache.mask = columns(texts)
+    if len(rows) == 1:
+        fill(cache, *rows[0])
+        return cache
+    width = cache.text.shape[1]
+
+    def together(layers: tuple[Tensor, ...]) -> Tensor:
+        first = layers[0]
+        out = first.new_zeros(len(layers), first.shape[1], width, first.shape[3])
+        for row, one in enumerate(layers):
+            out[row, :, width - one.shape[2] :] = one[0]
+        return out
+
+    fill(cache, *([together(layers) for layers in zip(*kind, strict=True)] for kind in zip(*rows, strict=True)))
+    return cache
