@@ -25,8 +25,8 @@ from hasten.hosts.caching import use_cache
 from hasten.hosts.context import Context
 from hasten.hosts.kept import KeptLayer, room_for
 from hasten.hosts.padding import Padding
-from hasten.kv._heads import spread
 from hasten.kv import _contexts
+from hasten.kv._heads import spread
 
 
 @dataclasses.dataclass(frozen=True)
