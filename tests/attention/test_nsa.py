@@ -1,6 +1,7 @@
-"""Native Sparse Attention: its branches, both loop orders, training, decoding with every cache."""
+"""Native Sparse Attention: its branches, the loop orders, training, decoding with every cache."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def tensors(batch, heads, hk, nq, nk, d=8, e=8, dtype=torch.float32, seed=0, len
 def cases():
     yield {"args": tensors(2, 4, 2, 29, 29), "kwargs": SIZES, "grad": True}
     yield {"args": tensors(1, 4, 2, 29, 29), "kwargs": SIZES | {"order": "queries"}, "grad": True}
+    yield {"args": tensors(1, 4, 2, 29, 29), "kwargs": SIZES | {"order": "keys"}, "grad": True}
     yield {"args": tensors(1, 2, 2, 9, 34, e=6), "kwargs": SIZES, "grad": True}  # a later chunk
     yield {"args": tensors(1, 3, 1, 1, 31), "kwargs": SIZES}  # a step of decoding
     yield {"args": tensors(1, 2, 1, 3, 3), "kwargs": SIZES}  # nothing to compress yet
@@ -40,14 +42,15 @@ def cases():
 
 @pytest.mark.parametrize("group", [1, 2, 3, 4])
 @pytest.mark.parametrize("own", [False, True], ids=["lists per key head", "lists per query head"])
-def test_both_loop_orders_are_the_equation(group, own):
+def test_all_loop_orders_are_the_equation(group, own):
     torch.manual_seed(group)
     heads, hk, nq, nk, block = 2 * group, 2, 11, 18, 5
     given = [torch.randn(2, h, n, 6) for h, n in ((heads, nq), (hk, nk), (hk, nk))]
     chosen = torch.rand(2, heads if own else hk, nq, 4) < 0.5
     more = chosen, block, 0.3, True, torch.tensor([0, 9]), torch.tensor([18, 17])
     results = []
-    for run in (naive_routed, routed, lambda *a: routed(*a, order="queries")):
+    orders = [functools.partial(routed, order=order) for order in ("keys", "queries", "tiles")]
+    for run in (naive_routed, *orders):
         leaves = [one.clone().requires_grad_() for one in given]
         out, lse = run(*leaves, *more)
         out.square().sum().backward()
@@ -61,7 +64,7 @@ def test_both_loop_orders_are_the_equation(group, own):
 def test_everything_chosen_is_dense_attention():
     q, k, v, *_ = tensors(2, 4, 2, 24, 24)
     wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    for order in ("keys", "queries"):
+    for order in ("keys", "queries", "tiles"):
         found, _ = routed(q, k, v, torch.ones(1, 1, 24, 6, dtype=torch.bool), 4, order=order)
         torch.testing.assert_close(found, wanted)
 
@@ -197,8 +200,8 @@ def shake(model):
                 weight.add_(torch.randn(weight.shape, generator=generator) * 0.3)
 
 
-def test_pure_function_in_both_orders_on_one_input():
+def test_pure_function_in_all_orders_on_one_input():
     given = tensors(1, 4, 1, 50, 50, seed=5)
     wanted = naive_nsa(*given, **SIZES)
-    for order in ("keys", "queries"):
+    for order in ("keys", "queries", "tiles"):
         torch.testing.assert_close(nsa(*given, **SIZES, order=order), wanted, rtol=1e-4, atol=1e-5)

@@ -1,18 +1,23 @@
-"""Attention in which every single query chose its own key blocks, in two loop orders with the same result.
+"""Attention in which every single query chose its own key blocks, in three loop orders with the same result.
 
 `queries` (NSA, arXiv 2502.11089, section 3.4): outside the queries, inside the blocks that one chose; the heads that
 share keys are the rows of one small product, its keys gathered query by query. `keys` (Flash Sparse Attention, arXiv
 2508.18224, section 3): outside the key blocks, inside the queries that chose one; the products are as large as a block
 is popular, whatever the number of heads per key, and every query's partial results are merged by the online softmax.
+`tiles`: neighbours choose alike, so small tiles of queries see all blocks that any of them chose, and a mask takes back
+what the single query did not; one pass of the native kernel (`kernels.block_attention`).
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hasten.math.blocks import in_range, spread
+from hasten.kernels import block_attention
+from hasten.math.blocks import Blocks, in_range, spread
 from hasten.math.shapes import Bool, Float, Int
 
+_TILE = 16  # queries of a tile in the order `tiles`
 _GATHERED = 2**20  # numbers gathered at a time in the order `queries`: what a cache holds
 
 
@@ -53,9 +58,19 @@ def naive_routed(
 def routed(
     q: Float[Tensor, "b h nq d"], k: Float[Tensor, "b hk nk d"], v: Float[Tensor, "b hk nk e"],
     chosen: Bool[Tensor, "b hc nq tk"], block: int, scaling: float | None = None, causal: bool = True,
-    begin: Int[Tensor, "b"] | None = None, end: Int[Tensor, "b"] | None = None, order: str = "keys",
+    begin: Int[Tensor, "b"] | None = None, end: Int[Tensor, "b"] | None = None, order: str = "tiles",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`naive_routed` by one of the two orders, `keys` or `queries`; differentiable in q, k, v through the output."""
+    """`naive_routed` in one of the orders; differentiable in q, k, v through the output.
+
+    Args:
+        order: `tiles`, where the native kernel runs, else and by name `keys`; or `queries`.
+    """
+    if order == "tiles" and q.is_cpu:
+        blocks = tiles(chosen, block)
+        if block_attention.path(q, blocks) == "native":
+            return block_attention.attention(
+                q, k, v, blocks, scaling=scaling, causal=causal, begin=begin, end=end, lse=True
+            )
     batch, heads, nq, d = q.shape
     hk, nk = k.shape[1], k.shape[2]
     scaling = d**-0.5 if scaling is None else scaling
@@ -69,12 +84,24 @@ def routed(
         shown = shown.expand(batch, -1).repeat_interleave(rows, 0)  # [R, Nk]
     q_r = (q.float() * scaling).reshape(batch * rows, group, nq, d).transpose(1, 2)  # [R, Nq, G, d]
     k_r, v_r = k.float().flatten(0, 1), v.float().flatten(0, 1)  # [R, Nk, d]
-    if order == "keys":
-        out, lse = _ByKeys.apply(q_r, k_r, v_r, table, shown, block, causal)
-    else:
-        out, lse = _by_queries(q_r, k_r, v_r, table, shown, block, causal)
+    run = _by_queries if order == "queries" else _ByKeys.apply
+    out, lse = run(q_r, k_r, v_r, table, shown, block, causal)
     out = out.transpose(1, 2).reshape(batch, heads, nq, v.shape[-1])
     return out.to(q.dtype), lse.transpose(1, 2).reshape(batch, heads, nq)
+
+
+def tiles(chosen: Bool[Tensor, "b h nq tk"], block: int) -> Blocks:
+    """Lists for tiles of queries: the blocks that any query of a tile chose, with masks where not all did."""
+    nq = chosen.shape[2]
+    rows = F.pad(chosen, (0, 0, 0, -nq % _TILE)).unflatten(2, (-1, _TILE))  # [B', H', Tq, tile, Tk]
+    some, every = rows.any(3), rows.all(3)
+    cut = some & ~every
+    if not bool(cut.any()):
+        return Blocks.of(some, _TILE, block)
+    masks = rows.transpose(3, 4)[cut][..., None].expand(-1, -1, block).contiguous()  # [P, tile, block]
+    which = torch.full(cut.shape, -1, dtype=torch.int32, device=chosen.device)
+    which[cut] = torch.arange(len(masks), dtype=torch.int32, device=chosen.device)
+    return Blocks.of(some, _TILE, block, masks=masks, mask_of=which)
 
 
 # The order `keys`.

@@ -52,7 +52,7 @@ CARD = Card(
 def naive_nsa(
     q: Tensor, k: Tensor, v: Tensor, compressed_k: Tensor, compressed_v: Tensor, gates: Tensor, length: int = 32,
     stride: int = 16, block: int = 64, count: int = 16, initial: int = 1, local: int = 2, window: int = 512,
-    scaling: float | None = None, begin: Tensor | None = None, end: Tensor | None = None, order: str = "keys",
+    scaling: float | None = None, begin: Tensor | None = None, end: Tensor | None = None, order: str = "tiles",
 ) -> Tensor:  # fmt: skip
     """Query by query; see `nsa`."""
     (batch, heads, nq, d), (hk, nk) = q.shape, k.shape[1:3]
@@ -91,7 +91,7 @@ def nsa(
     compressed_k: Float[Tensor, "b hk nc d"], compressed_v: Float[Tensor, "b hk nc e"],
     gates: Float[Tensor, "b h nq 3"], length: int = 32, stride: int = 16, block: int = 64, count: int = 16,
     initial: int = 1, local: int = 2, window: int = 512, scaling: float | None = None,
-    begin: Int[Tensor, "b"] | None = None, end: Int[Tensor, "b"] | None = None, order: str = "keys",
+    begin: Int[Tensor, "b"] | None = None, end: Int[Tensor, "b"] | None = None, order: str = "tiles",
 ) -> Float[Tensor, "b h nq e"]:  # fmt: skip
     """The gated sum of the three branches.
 
@@ -101,7 +101,7 @@ def nsa(
         count: chosen blocks of `block` tokens; `initial` first ones and the `local` last ones are among them.
         window: keys that the sliding window holds, the query's own among them.
         begin, end: the keys of each row from `begin` to before `end` are real.
-        order: `keys` or `queries`, the outer loop of the chosen blocks' attention (`_routed`).
+        order: `tiles`, `keys` or `queries`, how the chosen blocks' attention is computed (`_routed`).
     """
     nk, past = k.shape[2], k.shape[2] - q.shape[2]
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
@@ -148,9 +148,10 @@ class NSA(SparseAttention):
     local: int = option(2, "last blocks that are always among them, the query's own first", least=1)
     window: int = option(512, "tokens of the sliding window", least=1)
     order: str = option(
-        "keys",
-        "outer loop of the chosen blocks' attention: keys (Flash Sparse Attention) or queries (NSA's own)",
-        choices=("keys", "queries"),
+        "tiles",
+        "how the chosen blocks are computed: tiles of queries (where the native kernel runs, else as keys), by keys "
+        "(Flash Sparse Attention) or by queries (NSA's own)",
+        choices=("tiles", "keys", "queries"),
     )
 
     decodes = True
