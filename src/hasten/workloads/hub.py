@@ -18,7 +18,7 @@ from torch import nn
 
 from hasten.core.errors import UsageError
 from hasten.core.options import option
-from hasten.workloads import language, text
+from hasten.workloads import language, needle, text
 from hasten.workloads.base import Metric, Workload
 
 
@@ -96,7 +96,7 @@ class HubText(_FromHub, language.LanguageModel):
 
     @property
     def metric(self) -> Metric:
-        return Metric("loss per token", "lower", "nat")
+        return language.RECALL if self.task == "needle" else Metric("loss per token", "lower", "nat")
 
     def problems(self) -> list[str]:
         problems = []
@@ -108,6 +108,12 @@ class HubText(_FromHub, language.LanguageModel):
 
     def tokens(self, held_out: bool) -> np.ndarray:
         return _tokens(self.model, self.text, held_out)
+
+    def encode(self) -> needle.Encode | None:
+        tokenizer = _tokenizer(self.model)
+        if tokenizer is None:
+            return None
+        return lambda content: np.asarray(tokenizer(content.decode(), add_special_tokens=False)["input_ids"], np.int64)
 
     def trained(self) -> nn.Module:
         return self._load("AutoModelForCausalLM").eval().to(self.device())
@@ -123,22 +129,29 @@ class HubText(_FromHub, language.LanguageModel):
 
 
 @functools.cache
-def _tokens(model: str, file: str, held_out: bool) -> np.ndarray:
-    """Token ids of one part of the text; bytes where the model has no tokenizer and 256 ids."""
+def _tokenizer(model: str) -> Any:
+    """The model's tokenizer; None where it has none and 256 ids, which are bytes."""
     from transformers import AutoTokenizer
 
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        if getattr(read_config(model), "vocab_size", 0) != 256:
+            raise UsageError(f"{model} has no tokenizer that can be loaded: save one beside the model") from None
+        return None
+
+
+@functools.cache
+def _tokens(model: str, file: str, held_out: bool) -> np.ndarray:
+    """Token ids of one part of the text; bytes where the model has no tokenizer and 256 ids."""
     if file:
         content = pathlib.Path(file).read_text(errors="replace")
         cut = len(content) * 9 // 10
         content = content[cut:] if held_out else content[:cut]
     else:
         content = text.stream(held_out)[:2_000_000].tobytes().replace(b"\0", b"").decode(errors="replace")
-    vocabulary = getattr(read_config(model), "vocab_size", 0)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        if vocabulary != 256:
-            raise UsageError(f"{model} has no tokenizer that can be loaded: save one beside the model") from None
+    tokenizer = _tokenizer(model)
+    if tokenizer is None:
         return np.frombuffer(content.encode(), dtype=np.uint8).astype(np.int64)
     ids = np.asarray(tokenizer(content, add_special_tokens=False)["input_ids"], dtype=np.int64)
     if not len(ids):

@@ -10,9 +10,11 @@ from torch import nn
 
 from hasten.core.errors import UsageError
 from hasten.core.options import option
-from hasten.workloads.base import Workload, warm_cosine
+from hasten.workloads import needle
+from hasten.workloads.base import Metric, Workload, warm_cosine
 
 NATS_TO_BITS = 1 / math.log(2)
+RECALL = Metric("recall of planted codes", "higher")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,15 +22,18 @@ class LanguageModel(Workload):
     """Base: a subclass gives `tokens`, `trained`, `build` and `metric`; `per_nat` turns nats into the metric's unit.
 
     Tasks: `generate` (greedy continuation of held-out prompts; quality is the loss of the true continuation, scored
-    with the cache that the plan keeps), `perplexity` (one forward pass over held-out windows), `train` (time to a
+    with the cache that the plan keeps), `perplexity` (one forward pass over held-out windows), `needle` (generation
+    after a long prompt that ends in a question about one of its lines; quality is `needle.recall`), `train` (time to a
     target; AdamW with linear warm-up and cosine decay as the tuned baseline).
     """
 
-    task: str = option("generate", "what is done", choices=("generate", "perplexity", "train"))
+    task: str = option("generate", "what is done", choices=("generate", "perplexity", "needle", "train"))
     prompt: int = option(256, "tokens of a prompt, or of a window for perplexity", least=2)
     new: int = option(64, "tokens generated and scored after a prompt", least=2)
     batch: int = option(1, "prompts in one request", least=1, most=256)
     examples: int = option(48, "held-out examples that quality is measured on", least=8, most=4096)
+    depths: int = option(5, "needles in a prompt, each asked for in turn (task=needle)", least=1, most=64)
+    blind: bool = option(False, "quality puts the prompt into the cache before it asks (task=needle)")
     length: int = option(128, "tokens of a training example", least=8)
     rows: int = option(16, "examples of a training batch", least=1, most=1024)
     steps: int = option(200, "steps of the baseline's schedule in training", least=10)
@@ -38,7 +43,14 @@ class LanguageModel(Workload):
     per_nat = 1.0
 
     def tasks(self) -> tuple[str, ...]:
-        return ("generate", "perplexity", "train")
+        return ("generate", "perplexity", "needle", "train")
+
+    def encode(self) -> needle.Encode | None:
+        """The tokenizer that needles go through; None where a token is a byte."""
+        return None
+
+    def asked(self, count: int, seed: int) -> list[needle.Asked]:
+        return needle.questions(self.tokens(True), count, self.prompt, self.depths, seed, self.encode())
 
     def tokens(self, held_out: bool) -> np.ndarray:
         """The token stream of one part, [tokens]."""
@@ -47,6 +59,11 @@ class LanguageModel(Workload):
     # Inference.
 
     def requests(self, seed: int) -> list[torch.Tensor]:
+        if self.task == "needle":
+            prompts = [one.prompt for one in self.asked(16 * self.batch, seed=1000 + seed)]
+            shortest = min(map(len, prompts))
+            rows = torch.from_numpy(np.stack([prompt[-shortest:] for prompt in prompts]))
+            return list(rows.to(self.device()).split(self.batch))
         rows = spread_windows(self.tokens(True), 16 * self.batch, self.prompt, seed=1000 + seed)
         return list(rows.to(self.device()).split(self.batch))
 
@@ -57,6 +74,8 @@ class LanguageModel(Workload):
         return generate(handle, request, self.new)
 
     def quality(self, handle: Any) -> np.ndarray:
+        if self.task == "needle":
+            return needle.recall(handle, self.asked(self.examples, seed=29), self.device(), self.blind)
         rows = spread_windows(self.tokens(True), self.examples, self.prompt + self.new, seed=29).to(self.device())
         if self.task == "perplexity":
             return window_loss(handle.model, rows) * self.per_nat
@@ -92,7 +111,8 @@ class LanguageModel(Workload):
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
     def evaluate(self, model: nn.Module) -> np.ndarray:
-        windows = spread_windows(self.tokens(True), 64, self.length + 1, seed=17).to(self.device())
+        count = min(64, max(8, 64 * 256 // self.length))  # long examples: as many bytes, not as many examples
+        windows = spread_windows(self.tokens(True), count, self.length + 1, seed=17).to(self.device())
         return window_loss(model, windows, rows=32) * self.per_nat
 
 
@@ -109,6 +129,7 @@ def continuation_loss(handle: Any, prompts: torch.Tensor, continuations: torch.T
         [examples] float64.
     """
     losses = []
+    rows = at_once(prompts.shape[1], rows)
     for prompt, following in zip(prompts.split(rows), continuations.split(rows), strict=True):
         cache = handle.host.new_cache()
         first = handle.model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -125,12 +146,17 @@ def window_loss(model: nn.Module, windows: torch.Tensor, rows: int = 16) -> np.n
     training = model.training
     model.eval()
     losses = []
-    for part in windows.split(rows):
+    for part in windows.split(at_once(windows.shape[1], rows)):
         logits = model(input_ids=part[:, :-1]).logits.float()
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
         losses.append(loss.view(len(part), -1).mean(1))
     model.train(training)
     return torch.cat(losses).double().cpu().numpy()
+
+
+def at_once(length: int, rows: int) -> int:
+    """Rows of one batch in scoring: fewer where they are long, so that dense fallbacks fit into memory."""
+    return max(1, min(rows, rows * 2048 // length))
 
 
 def spread_windows(stream: np.ndarray, count: int, length: int, seed: int) -> torch.Tensor:

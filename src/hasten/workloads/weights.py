@@ -20,7 +20,7 @@ def load_weights(model: nn.Module, name: str) -> nn.Module:
 
     file = HOME / f"{name}.safetensors"
     if not file.exists():
-        raise UsageError(f"the trained weights {name} are not installed; make them with scripts/make_weights.py {name}")
+        raise UsageError(f"the trained weights {name} are not installed; one of scripts/make_*weights.py makes them")
     missing, unexpected = model.load_state_dict(load_file(file), strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ())
     assert not unexpected and set(missing) <= tied, (missing, unexpected)
