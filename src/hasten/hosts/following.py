@@ -22,8 +22,9 @@ class Policy(Protocol):
     layers() -> iterable of the cache's layers that follow the pattern; the others keep everything. Default: all.
     sees(layer, positions, query_positions) -> bool [batch or 1, 1 or kv heads, new, slots] or None: which stored keys
         the new queries see, beside causal order, from their places in the text, [batch, kv heads, slots] and [batch,
-        new]. Needed where a pattern hides keys before `keep` frees them: from queries of the same forward, or between
-        two times at which it is due. With it, decoding equals attention under the pattern's mask over the whole text.
+        new]; None for all of them, which is faster. Needed where a pattern hides keys before `keep` frees them: from
+        queries of the same forward, or between two times at which it is due. With it, decoding equals attention under
+        the pattern's mask over the whole text.
     """
 
     def due(self, layer: int, seen: int) -> bool:
@@ -91,8 +92,8 @@ class FollowingCache(Cache):
 
     def mask(self, layer: int, query: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
         held = self.layers[layer]
-        mask = held.mask(query, given, self._plain(held, given))
-        return mask if self._sees is None else self._hidden(layer, query, mask)
+        mask, sees = held.mask(query, given, self._plain(held, given)), self._seen(layer, query)
+        return mask if sees is None else self._hidden(held, sees, query, mask)
 
     def _plain(self, held: KeptLayer, mask: torch.Tensor | None) -> bool:
         """Whether a mask hides nothing but later columns and padding that is gone already."""
@@ -100,16 +101,20 @@ class FollowingCache(Cache):
             return False
         return held.padding is None or int(held.padding.max()) <= held.cut
 
-    def _hidden(self, layer: int, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """A mask over slots with what the pattern hides from the new queries."""
+    def _seen(self, layer: int, query: torch.Tensor) -> torch.Tensor | None:
+        """What the policy says of the new queries; None where it hides nothing that is stored."""
+        if self._sees is None:
+            return None
         held, new = self.layers[layer], query.shape[2]
-        assert self._sees is not None
         asked = torch.arange(held.seen - new, held.seen, device=query.device)[None]
         if held.padding is not None:
             asked = asked - held.padding.to(query.device)[:, None]
-        sees = self._sees(layer, held.positions(), asked)
-        if sees is None:
-            return mask
+        return self._sees(layer, held.positions(), asked)
+
+    @staticmethod
+    def _hidden(held: KeptLayer, sees: torch.Tensor, query: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """A mask over slots without what the pattern hides from the new queries."""
+        new = query.shape[2]
         if sees.shape[1] > 1:
             sees = sees.repeat_interleave(query.shape[1] // held.shape[1], dim=1)
         if mask is None:
@@ -122,10 +127,12 @@ class FollowingCache(Cache):
         self._pad(held, call.mask)
         if not held.cut:
             return None
-        if held.ragged is not None and self._sees is None:
-            output = held.attend(call, self._plain(held, call.mask))
+        plain, sees = self._plain(held, call.mask), self._seen(layer, call.query)
+        if held.ragged is not None and sees is None:
+            output = held.attend(call, plain)
         else:
-            output = held.dense(call, self.mask(layer, call.query, call.mask))
+            mask = held.mask(call.query, call.mask, plain)
+            output = held.dense(call, mask if sees is None else self._hidden(held, sees, call.query, mask))
         self.observe(layer, call.module, call.query, call.key, call.value, call.mask, call.scaling)
         return output
 
