@@ -129,7 +129,7 @@ class KeptCache(Cache):
         super().__init__(layers=[])
         self.method, self.num_layers, self.prompt = method, num_layers, prompt
         self._wants: list[torch.Tensor] = []
-        self._padding = Padding()
+        self._padding, self._runs = Padding(), _Runs(self)
 
     @property
     def nbytes(self) -> int:
@@ -158,19 +158,11 @@ class KeptCache(Cache):
             self._decode_evict(layer)
         keys, values = layer.update(key_states, value_states)
         layer.unseen = True
-        return hand_over(keys, self, layer_idx), values
+        return hand_over(keys, self if layer.ragged is None else self._runs, layer_idx), values
 
     def mask(self, layer: int, query: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
         held = self.layers[layer]
         return given if held.kept is None else held.mask(query, given, self._padding.plain(given, held.seen))
-
-    def attend(self, layer: int, call: Call) -> torch.Tensor | None:
-        held = self.layers[layer]
-        if held.ragged is None:
-            return None
-        output = held.attend(call, self._padding.plain(call.mask, held.seen))
-        self.observe(layer, call.module, call.query, call.key, call.value, call.mask, call.scaling)
-        return output
 
     def observe(
         self, layer: int, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -256,6 +248,19 @@ class KeptCache(Cache):
     def reset(self) -> None:
         super().reset()
         self.prompt, self._wants, self._padding = None, [], Padding()
+
+
+class _Runs:
+    """What a layer whose heads differ in length marks its keys with: it attends by itself."""
+
+    def __init__(self, cache: KeptCache) -> None:
+        self.cache = cache
+
+    def attend(self, layer: int, call: Call) -> torch.Tensor:
+        cache, held = self.cache, self.cache.layers[layer]
+        output = held.attend(call, cache._padding.plain(call.mask, held.seen))
+        cache.observe(layer, call.module, call.query, call.key, call.value, call.mask, call.scaling)
+        return output
 
 
 def fence(scores: torch.Tensor, recent: torch.Tensor, lead: torch.Tensor) -> torch.Tensor:
