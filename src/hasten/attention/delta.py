@@ -16,6 +16,7 @@ from torch import Tensor
 from hasten.attention._reading import Chosen, Look, Reading
 from hasten.core.cards import Card
 from hasten.core.options import option
+from hasten.kernels.top_rows import top_rows
 
 CARD = Card(
     title="DELTA: Dynamic Layer-Aware Token Attention for Efficient Long-Context Reasoning",
@@ -89,7 +90,7 @@ def delta(
         scores.masked_fill_(order >= (number - recent // page)[:, None], torch.inf)
         scores.masked_fill_(order >= number[:, None], -torch.inf)
     most = min(budget // page, pages)
-    found = scores.topk(most, dim=-1, sorted=False).indices.sort(dim=-1).values
+    found = top_rows(scores, most)
     rows = (found[..., None] * page + torch.arange(page, device=device)).view(batch, 1, most * page)
     if begin is None:
         counts = torch.full((batch, 1), most * page - (pages * page - longest), dtype=torch.int32, device=device)

@@ -21,6 +21,7 @@ from hasten.core.cards import Card
 from hasten.core.options import option
 from hasten.hosts.base import Host
 from hasten.hosts.context import Context
+from hasten.kernels.top_rows import top_rows
 
 CARD = Card(
     title="Post-Training Sparse Attention with Double Sparsity",
@@ -74,7 +75,7 @@ def double_sparsity(query: Tensor, labels: Tensor, channels: Tensor, begin: Tens
     few = grouped.gather(3, channels[None, :, None].expand(batch, -1, heads // kv_heads, number))
     scores = torch.matmul(few, labels).float().amax(dim=2)  # [batch, kv heads, tokens]
     if begin is None:
-        return scores.topk(budget, dim=-1, sorted=False).indices.int()
+        return top_rows(scores, budget)
     best = hide(scores, begin).topk(budget, dim=-1)
     return best.indices.masked_fill(best.values == -torch.inf, labels.shape[3] - 1).int()
 

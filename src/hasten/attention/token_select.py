@@ -19,6 +19,7 @@ from torch import Tensor
 from hasten.attention._reading import Chosen, Look, Reading
 from hasten.core.cards import Card
 from hasten.core.options import option
+from hasten.kernels.top_rows import top_rows
 
 CARD = Card(
     title=(
@@ -84,7 +85,7 @@ def token_select(
     votes = middle.softmax(dim=-1).sum(dim=1)
     if early is not None:
         votes = votes.masked_fill(early, -1)
-    chosen = votes.topk(top, dim=-1, sorted=False).indices.sort(dim=-1).values.int() + first
+    chosen = top_rows(votes, top) + first
     head = torch.arange(first, dtype=torch.int32, device=scores.device).expand(batch, -1)
     tail = torch.arange(tokens - last, tokens, dtype=torch.int32, device=scores.device).expand(batch, -1)
     if begin is None:
