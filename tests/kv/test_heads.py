@@ -27,19 +27,22 @@ def test_spread_is_its_reference(name, dtype):
     scores = (scores % 251).to(dtype) if batch * heads * slots < 251 else scores.to(torch.float32)
     lead = torch.arange(batch)[:, None] * (slots // 4) + torch.arange(heads) % 3  # as heads have after an eviction
     scores = scores.masked_fill(torch.arange(slots) < lead[:, :, None], -torch.inf)
-    counts = torch.tensor(counts)
-    want, got = naive_spread(scores, counts, floor), spread(scores, counts, floor)
+    counts, recent = torch.tensor(counts), torch.arange(batch) + 1
+    scores[..., -1] = torch.inf
+    want, got = naive_spread(scores, counts, recent, floor), spread(scores, counts, recent, floor)
     assert torch.equal(got, want)
     real = slots - lead
     assert torch.equal(got.sum(1), torch.minimum(counts * heads, real.sum(1))) and (got <= real).all()
-    assert (got >= torch.minimum((floor * counts).long()[:, None], real)).all()
+    recent = torch.minimum(recent, counts)
+    least = recent + (floor * (counts - recent)).long()
+    assert (got >= torch.minimum(least[:, None], real)).all()
 
 
 def test_a_larger_budget_keeps_what_a_smaller_one_keeps():
     scores = torch.randn(2, 4, 60, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3, 9, 0.1])[:, None]
     before = torch.zeros(2, 4)
     for count in range(1, 61):
-        shares = spread(scores, torch.tensor([count, count]), 0.2)
+        shares = spread(scores, torch.tensor([count, count]), torch.tensor([1, 4]), 0.2)
         assert (shares >= before).all()
         before = shares
     assert (before == 60).all()
@@ -47,10 +50,11 @@ def test_a_larger_budget_keeps_what_a_smaller_one_keeps():
 
 def test_rows_do_not_depend_on_each_other():
     scores = torch.randn(3, 4, 31, generator=torch.Generator().manual_seed(0)).exp()
-    counts = torch.tensor([3, 30, 12])
-    together = spread(scores, counts, 0.2)
+    counts, recent = torch.tensor([3, 30, 12]), torch.tensor([2, 1, 4])
+    together = spread(scores, counts, recent, 0.2)
     for row in range(3):
-        assert torch.equal(spread(scores[row : row + 1], counts[row : row + 1], 0.2)[0], together[row])
+        alone = spread(*(one[row : row + 1] for one in (scores, counts, recent)), 0.2)
+        assert torch.equal(alone[0], together[row])
 
 
 @torch.no_grad()
@@ -83,7 +87,7 @@ def test_the_cascade_by_heads_ends_where_one_cut_would(monkeypatch):
     cache = applied(model, keep=0.3, heads=True).host.new_cache()
     model(ids, past_key_values=cache)
     for layer, scores in zip(cache.layers, rated, strict=True):
-        shares = spread(scores, layer.counts, 0.2)
+        shares = spread(scores, layer.counts, layer.recent, 0.2)
         assert torch.equal(layer.real(), shares)
         columns = layer.columns()
         for row in range(2):

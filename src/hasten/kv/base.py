@@ -39,7 +39,7 @@ class Eviction(Method):
     decode: bool = option(True, "evict while decoding too, so that the cache stays as small as after the prompt")
     every: int = option(32, "while decoding, evict once this many tokens have come, by their attention", least=1)
     heads: bool = option(False, "heads share their layer's budget: the best tokens of all of them together stay")
-    floor: float = option(0.2, "with heads: the fraction of its even share that each head gets", least=0, most=1)
+    floor: float = option(0.2, "with heads: the part of an even share that each head gets in any case", least=0, most=1)
 
     def rate(
         self, weights: torch.Tensor, recent: torch.Tensor, lead: torch.Tensor, groups: int, decoding: bool
@@ -211,15 +211,15 @@ class KeptCache(Cache):
         counts = whole(shares) if last else torch.minimum(shares.floor().long() + 1, most)
         settled = [one for one in self.layers if one.scores is not None]
         for one, count in zip(settled, counts + recent, strict=True):
-            one.evict(one.scores, self._shares(one.scores, count), int(recent.min()))
+            one.evict(one.scores, self._shares(one.scores, count, recent), int(recent.min()))
             one.counts = torch.where(sizes < real, count, sizes)
             self._set_limit(one)
             if last:
                 one.scores = None
 
-    def _shares(self, scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def _shares(self, scores: torch.Tensor, counts: torch.Tensor, recent: torch.Tensor) -> torch.Tensor:
         """Slots to keep in each row or head, from those of a head on average, int64 [batch]."""
-        return spread(scores, counts, self.method.floor) if self.method.heads else counts
+        return spread(scores, counts, recent, self.method.floor) if self.method.heads else counts
 
     def _set_limit(self, layer: KeptLayer) -> None:
         if self.method.decode:
@@ -241,7 +241,7 @@ class KeptCache(Cache):
         spare = self.method.every  # else every step would allocate anew
         if layer.ragged is None:
             spare = 2 * room_for(layer.length) - 2 * layer.length
-        layer.evict(scores, self._shares(scores, layer.counts), int(recent.min()), spare)
+        layer.evict(scores, self._shares(scores, layer.counts, recent), int(recent.min()), spare)
         layer.queries = []
         self._set_limit(layer)
 
