@@ -4,6 +4,9 @@ from typing import Any
 
 import torch
 
+from conformance import kv_contexts
+from hasten.kv._contexts import ContextReuse
+
 PROMPT, REST = 40, 6
 
 
@@ -35,4 +38,6 @@ def run(handle: Any) -> tuple[torch.Tensor, ...]:
 
 
 def subject(method_class: type) -> dict[str, Any]:
+    if issubclass(method_class, ContextReuse):
+        return {"model": build, "options": {}, "context": {}, "run": kv_contexts.run}
     return {"model": build, "options": {"keep": 0.5, "window": 4, "every": 2}, "context": {}, "run": run}

@@ -33,7 +33,7 @@ Request = tuple[Tensor, list[Tensor]]
 """A prefix and contexts, int64 [tokens] each; the prefix may be empty."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Entry:
     """Keys and values of one piece of text.
 

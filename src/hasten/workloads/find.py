@@ -12,6 +12,7 @@ from hasten.workloads.base import Workload
 
 BUNDLED = {
     "stdlib-lm": "hasten.workloads.stdlib_lm",
+    "stdlib-rag": "hasten.workloads.stdlib_rag",
     "digits-vit": "hasten.workloads.digits_vit",
     "digits-dit": "hasten.workloads.digits_dit",
 }
