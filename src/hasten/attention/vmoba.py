@@ -9,7 +9,7 @@ A query sees the blocks whose mean key is most like it, and heads that concentra
 
 q, k, v [B, H, N, d]; N tokens in frames x rows x columns. Gradients flow through the attention, not the choice.
 
-Departures: each row of a batch has its own threshold (the authors' code ranks a packed batch together). Sides of a block
+Departures: each row of a batch has its own threshold (the authors' code ranks a packed batch together). Sides of blocks
 that don't divide the grid are lowered to the next divisor (theirs must divide). A picture is one frame: its 1D blocks
 are runs of rows, and 2D and 3D blocks are both tiles. Class tokens of a ViT see all, and all see them. Where the own
 blocks hold the threshold no other is chosen (their code then still takes one). Their full attention in the first
