@@ -12,6 +12,7 @@ Departures: rows of a batch are judged one by one, the authors' code adds them u
 others in proportion to P, not in equal parts; a budget below 2 S_w protects half of itself; prompts longer than the
 budget by less than S_w are cut too. While decoding, the mean alone decides, as in the authors' code; they drop one
 token at each step by one query (every=1), here `every` tokens together by their queries; keys stay in the text's order.
+`heads` is no part of CAKE: it shares B_l between a layer's heads by I, as AdaKV (2407.11550) does.
 """
 
 import dataclasses
