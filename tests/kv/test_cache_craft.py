@@ -111,6 +111,21 @@ def test_only_chosen_tokens_pass_through_the_layers():
 
 
 @torch.no_grad()
+def test_watching_in_parts_sees_the_same(monkeypatch):
+    facts, text = [], parts()
+    for scores in (2**25, 4 * 26 * 5):
+        monkeypatch.setattr("hasten.kv.cache_craft.SCORES", scores)
+        handle = hasten.api.apply(build(), "kv/cache_craft")
+        question_logits(handle, ["first", "second", "third"])
+        name = [text[one].numpy().tobytes() for one in ("prefix", "third")]
+        facts.append(handle.host.shelf.store.get((*name, 0)).facts)
+    torch.testing.assert_close(facts[0].inter, facts[1].inter)
+    assert facts[0].intra == pytest.approx(facts[1].intra) and facts[0].bounds == [(5, 17), (17, 26)]
+    rows = facts[0].inter.sum(1)
+    assert (rows > 0).all() and (rows < 3 * 4).all(), "three layers of four heads, part of whose weight is here"
+
+
+@torch.no_grad()
 def test_rows_are_composed_alone_and_padded():
     handle, text = hasten.api.apply(build(), "kv/cache_craft"), parts()
     lists = [[text["second"], text["first"]], [text["third"], text["first"], text["second"]]]

@@ -14,29 +14,27 @@ class Leaning:
 
     Attributes:
         names: of the passages before it; bounds: where they stood, [J, 2].
-        inter: attention of each token to each of them, float64 [n, J]; intra: of all tokens to the passage itself; sums
-            over heads and layers, `count` of them.
+        inter: attention of each token to each of them, float64 [n, J]; intra: of all tokens to the passage itself; both
+            summed over heads and layers, of which the scores need no more.
     """
 
     names: list[bytes]
     bounds: list[tuple[int, int]]
     inter: Tensor
     intra: float = 0.0
-    count: int = 0
 
     @classmethod
     def of(cls, bounds: Any, n: int, names: list[bytes] | None = None) -> "Leaning":
         bounds = [tuple(one) for one in (bounds.tolist() if isinstance(bounds, Tensor) else bounds)]
         return cls(names or [], bounds, torch.zeros(n, len(bounds), dtype=torch.float64))
 
-    def add(self, weights: Tensor) -> None:
-        """One layer's attention, [heads, n, N]."""
-        n = weights.shape[1]
-        summed = weights.double().sum(0)  # [n, N]
+    def add(self, weights: Tensor, first: int = 0) -> None:
+        """One layer's attention of the tokens from `first` on, [heads, some, N], nothing where a token sees nothing."""
+        summed = weights.double().sum(0)  # [some, N]
+        rows = slice(first, first + len(summed))
         for j, (begin, end) in enumerate(self.bounds):
-            self.inter[:, j] += summed[:, begin:end].sum(1).to(self.inter.device)
-        self.intra += float(summed[:, summed.shape[1] - n :].tril().sum())
-        self.count += len(weights)
+            self.inter[rows, j] += summed[:, begin:end].sum(1).to(self.inter.device)
+        self.intra += float(summed[:, summed.shape[1] - len(self.inter) :].sum())
 
     def judge(self, places: list[int], before: int, alpha: float) -> tuple[float, float, float]:
         """CCI, beta' and CFO behind other passages, of which `places` says where those of S_old stand, -1 for gone."""

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from hasten.hosts.attention import Call, hand_over
 from hasten.kv._contexts import ComposedCache, columns, fill
 
-BLOCK = 128  # chosen tokens whose attention is computed together
+BLOCK, BLOCKS = 128, 16  # chosen tokens whose attention is computed together, at least; such blocks, at most
 See = Callable[[int, Tensor, Tensor, float], None]
 Piece = tuple[int, Tensor, Tensor]
 """The place of a piece's first token, and its keys and values [layers, kv heads, tokens, dim], turned to that place."""
@@ -32,10 +32,10 @@ class Patch(Cache):
         self.length, self.pieces, self.slots, self.see = length, pieces, slots, see
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        lasts = [] if slots is None else slots[BLOCK - 1 :: BLOCK].tolist()
-        if slots is not None and len(slots) % BLOCK:
-            lasts.append(int(slots[-1]))
-        self.blocks = [(i * BLOCK, last + 1) for i, last in enumerate(lasts)]
+        self.blocks: list[tuple[Tensor, int]] = []
+        if slots is not None:
+            some = slots.split(max(BLOCK, -(-len(slots) // BLOCKS)))
+            self.blocks = [(block, int(block[-1]) + 1) for block in some]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
@@ -63,16 +63,19 @@ class Patch(Cache):
             return None
         keys, values = self.keys[layer], self.values[layer]
         self.see(layer, call.query[0], keys[0], call.scaling)
-        outs = []
-        for begin, end in self.blocks:
-            slots = self.slots[begin : begin + BLOCK]
+        groups = call.query.shape[1] // keys.shape[1]
+        if groups > 1:  # fused kernels take masks or grouped heads, not both
+            keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+        outs, begin = [], 0
+        for slots, end in self.blocks:
+            query = call.query[:, :, begin : begin + len(slots)]
             mask = torch.arange(end, device=slots.device) <= slots[:, None]
             outs.append(
                 nn.functional.scaled_dot_product_attention(
-                    call.query[:, :, begin : begin + BLOCK], keys[:, :, :end], values[:, :, :end], attn_mask=mask,
-                    scale=call.scaling, enable_gqa=keys.shape[1] < call.query.shape[1],
+                    query, keys[:, :, :end], values[:, :, :end], attn_mask=mask, scale=call.scaling
                 )
-            )  # fmt: skip
+            )
+            begin += len(slots)
         return torch.cat(outs, 2)
 
     def mask(self, layer: int, query: Tensor, given: Tensor | None) -> Tensor | None:

@@ -46,6 +46,9 @@ CARD = Card(
 )
 
 
+SCORES = 2**25  # attention weights that are held at once while a passage is watched, in float32
+
+
 def naive_cache_craft(
     weights: Tensor, bounds: Tensor, places: Tensor, before: int, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -195,13 +198,16 @@ def _watch(pieces: list[_Piece], slots: Tensor) -> Any:
 
     def see(layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
         for piece, row in zip(new, rows, strict=True):
-            n, end = len(piece.ids), piece.start + len(piece.ids)
-            groups = query.shape[0] // keys.shape[0]
-            own = query[:, row : row + n].reshape(keys.shape[0], groups * n, -1)  # [kv heads, groups n, d]
-            scores = torch.matmul(own, keys[:, :end].transpose(1, 2)).float().mul_(scaling).view(-1, n, end)
-            later = torch.ones(n, n, dtype=torch.bool, device=keys.device).triu(1)
-            scores[..., end - n :].masked_fill_(later, -torch.inf)
-            piece.leaning.add(scores.softmax(-1))
+            end, places = piece.start + len(piece.ids), torch.arange(piece.start + len(piece.ids), device=keys.device)
+            size = max(1, SCORES // (len(query) * end))
+            for first in range(0, len(piece.ids), size):
+                own = query[:, row + first : row + min(first + size, len(piece.ids))]  # [heads, some, d]
+                flat = own.unflatten(0, (len(keys), -1)).flatten(1, 2)  # [kv heads, groups some, d]
+                scores = (
+                    torch.matmul(flat, keys[:, :end].transpose(1, 2)).float().mul_(scaling).view(*own.shape[:2], end)
+                )
+                here = piece.start + first + torch.arange(own.shape[1], device=keys.device)
+                piece.leaning.add(scores.masked_fill_(places > here[:, None], -torch.inf).softmax(-1), first)
 
     return see
 
