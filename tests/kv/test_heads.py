@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import hasten
+from hasten.hosts.attention import Call
 from hasten.kv import base
 from hasten.kv._heads import naive_spread, spread
 from kv.test_cache import applied, build, tokens
@@ -115,3 +116,27 @@ def test_one_head_has_nothing_to_share():
         handle = hasten.apply(build("qwen2"), f"kv/cake(keep=0.4, window=4, heads={heads})")
         outs.append(handle.generate(ids, max_new_tokens=8, do_sample=False))
     assert torch.equal(*outs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("pad", [0, 9])
+def test_attention_over_what_is_kept_is_masked_sdpa(dtype, heads, pad):
+    """The kernel for runs, and for one token in half precision, against PyTorch's on padded copies."""
+    rows = 2 if pad else 1
+    model, ids = build().to(dtype), tokens(rows, 43)
+    mask = torch.ones_like(ids)
+    mask[0, :pad] = 0
+    cache = applied(model, heads=heads, decode=False).host.new_cache()
+    model(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache)
+    model(ids[:, 40:], attention_mask=mask, past_key_values=cache)
+    layer, module = cache.layers[1], model.model.layers[1].self_attn
+    assert layer.gathers(3) == heads and layer.gathers(1) == (heads or (pad == 0 and dtype != torch.float32))
+    for new in (1, 3):
+        query = torch.randn(rows, 4, new, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        call = Call(module, 1, query, layer.keys, layer.values, None, 0.4, True)
+        got, want = layer.attend(call, True), layer.dense(call, layer.mask(query, None, True))
+        assert got.dtype == dtype and torch.allclose(
+            got.float(), want.float(), atol=1e-5 if dtype.itemsize == 4 else 0.02
+        )

@@ -158,7 +158,7 @@ class KeptCache(Cache):
             self._decode_evict(layer)
         keys, values = layer.update(key_states, value_states)
         layer.unseen = True
-        return hand_over(keys, self if layer.ragged is None else self._runs, layer_idx), values
+        return hand_over(keys, self._runs if layer.gathers(key_states.shape[2]) else self, layer_idx), values
 
     def mask(self, layer: int, query: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
         held = self.layers[layer]
@@ -251,7 +251,7 @@ class KeptCache(Cache):
 
 
 class _Runs:
-    """What a layer whose heads differ in length marks its keys with: it attends by itself."""
+    """What a layer marks its keys with if it attends by itself."""
 
     def __init__(self, cache: KeptCache) -> None:
         self.cache = cache
