@@ -11,8 +11,8 @@ q, k, v [B, H, N, d]; proj d x d, one a layer, zero at first (the authors' code)
 decides and gets no gradient, as in the paper.
 
 Departures: a row has at least one critical block, where the authors' code rounds down to none; padded rows and
-attention to another text stay dense. The authors' published code later gave up the third class and has linear attention over all
-keys; this is the paper's. Their features `hedgehog` are left out.
+attention to another text stay dense. The code that the authors publish now has no third class and linear attention over
+all keys; this is the paper's. Their features `hedgehog` are left out.
 """
 
 import dataclasses
