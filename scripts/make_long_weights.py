@@ -3,9 +3,10 @@
     python scripts/make_long_weights.py
 
 Two copies of the trained `draft` on top of each other (G_stack, arXiv:2405.15319), trained on the standard library with
-pairs of needle lines in it, in `STAGES`: text alone teaches a model of this size no retrieval (3.3 bits a digit after
-800 steps), rows of nothing but needles do within 200 steps, and then the distances grow. `--seconds` gives each stage
-its share of the time instead of its bytes. Checkpoints under `--work` are taken up again with `--resume`.
+pairs of needle lines in it, at growing lengths (`STAGES`). A model of this size learns no retrieval from such text
+(3.3 bits a digit after 1,000 steps); rows of needle lines and nothing else teach it to copy from a fixed distance; rows
+whose lines stand at uneven distances teach it to read the key, which then carries over to text. `--seconds` gives
+each stage its share of the time instead of its bytes. Checkpoints under `--work` are taken up again with `--resume`.
 """
 
 import argparse
@@ -21,11 +22,12 @@ from safetensors.torch import save_file
 
 from hasten.workloads import models, needle, text, weights
 
-# Bytes of a row, rows of a batch, how many of them are drill, pairs of needles in the others, share of the time.
-STAGES = ((512, 16, 0, 4, 0.08), (256, 32, 20, 3, 0.15), (512, 16, 3, 4, 0.21), (2048, 4, 0, 10, 0.21),
-          (8704, 1, 0, 28, 0.35))  # fmt: skip
+# Bytes of a row; rows of a batch; how many are drill, and the bytes between their lines; pairs of needles in the other
+# rows; share of the time.
+STAGES = ((512, 16, 0, 0, 4, 0.09), (256, 32, 20, 0, 3, 0.18), (512, 16, 3, 0, 4, 0.09), (256, 32, 22, 24, 3, 0.15),
+          (512, 16, 4, 60, 5, 0.07), (2048, 4, 0, 0, 14, 0.13), (8704, 1, 0, 0, 40, 0.29))  # fmt: skip
 DRILL_KEYS = 6
-BYTES = [4_000_000, 5_000_000, 8_000_000, 5_000_000, 3_000_000]
+BYTES = [8_000_000, 6_000_000, 3_000_000, 6_000_000, 6_000_000, 5_000_000, 3_000_000]
 ANSWERS = 4.0  # weight of a repeated code's digits in the loss
 
 
@@ -41,15 +43,19 @@ def stacked(seed: int) -> torch.nn.Module:
     return model
 
 
-def loss_of(model: torch.nn.Module, rows: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, float, float]:
-    """The weighted loss, and the mean in bits of the plain bytes and of the answers' digits."""
+def loss_of(
+    model: torch.nn.Module, rows: torch.Tensor, answers: torch.Tensor, drills: int
+) -> tuple[torch.Tensor, list[float]]:
+    """The weighted loss, and the mean in bits of the plain bytes, of the answers' digits in text, and in drill rows."""
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
     found = answers[:, 1:].flatten()
     scale = torch.where(found, ANSWERS, 1.0)
     with torch.no_grad():
-        plain, asked = losses[~found].mean().item(), losses[found].mean().item()
-    return (losses * scale).sum() / scale.sum(), plain / math.log(2), asked / math.log(2)
+        table, asked = losses.view(len(rows), -1), answers[:, 1:]
+        texts = len(rows) - drills
+        means = losses[~found].mean(), table[:texts][asked[:texts]].mean(), table[texts:][asked[texts:]].mean()
+    return (losses * scale).sum() / scale.sum(), [mean.item() / math.log(2) for mean in means]
 
 
 @torch.inference_mode()
@@ -103,16 +109,16 @@ def train(args: argparse.Namespace) -> tuple[torch.nn.Module, list[int]]:
             done = sum(seen) / budget if phase < len(STAGES) else 1.0
         if done >= 1:
             break
-        length, count, drills, pairs, _ = STAGES[phase]
+        length, count, drills, gap, pairs, _ = STAGES[phase]
         rng = np.random.default_rng([args.seed, step])
         made = [needle.training_row(stream, length, pairs, rng) for _ in range(count - drills)]
-        made += [needle.drill_row(length, DRILL_KEYS, rng) for _ in range(drills)]
+        made += [needle.drill_row(stream, length, DRILL_KEYS, gap, rng) for _ in range(drills)]
         rows, answers = zip(*made, strict=True)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 50, (1 - done) / 0.5 + 0.01)
         batch = torch.from_numpy(np.stack(rows).astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
-            loss, plain, asked = loss_of(model, batch, torch.from_numpy(np.stack(answers)))
+            loss, bits = loss_of(model, batch, torch.from_numpy(np.stack(answers)), drills)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -120,9 +126,8 @@ def train(args: argparse.Namespace) -> tuple[torch.nn.Module, list[int]]:
         seen[phase] += batch.numel()
         step += 1
         if step % 25 == 0:
-            print(
-                f"{spent:6.0f} s  step {step}  {phase}:{length}  {plain:.3f} bit  answers {asked:.3f} bit", flush=True
-            )
+            means = "  ".join(f"{one:.3f}" for one in bits)
+            print(f"{spent:6.0f} s  step {step}  stage {phase}, {length} bytes  {means} bit", flush=True)
         if time.monotonic() - saved > 300:
             args.work.mkdir(parents=True, exist_ok=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

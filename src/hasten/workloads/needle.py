@@ -113,15 +113,28 @@ def training_row(
     return row, answers
 
 
-def drill_row(length: int, most: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The lines of 1 to `most` needles, over and over in changing order; returns what `training_row` does."""
+def drill_row(
+    stream: np.ndarray, length: int, most: int, gap: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The lines of 1 to `most` needles, over and over in changing order, with up to `gap` bytes of text in between.
+
+    Returns:
+        what `training_row` returns.
+    """
     needles = [Needle.draw(rng) for _ in range(rng.integers(1, most + 1))]
-    lines = -(-length // LINE)
-    order = [which for _ in range(lines) for which in rng.permutation(len(needles))][:lines]
-    row = np.frombuffer(b"".join(needles[which].line for which in order), np.uint8)
-    answers = np.zeros((lines, LINE), bool)
-    answers[len(needles) :, LINE - 1 - DIGITS : LINE - 1] = True
-    return row[:length], answers.reshape(-1)[:length]
+    pieces, answers, filled, shown = [], np.zeros(length + gap + LINE + 1, bool), 0, 0
+    while filled < length:
+        for which in rng.permutation(len(needles)):
+            pieces.append(as_bytes(needles[which].line))
+            end = filled + LINE - 1
+            if shown >= len(needles) and end < len(answers):
+                answers[end - DIGITS : end] = True
+            shown, filled = shown + 1, filled + LINE
+            if gap and (size := int(rng.integers(0, gap + 1))):
+                start = int(rng.integers(0, len(stream) - size))
+                pieces += [stream[start : start + size], as_bytes(b"\n")]
+                filled += size + 1
+    return np.concatenate(pieces)[:length], answers[:length]
 
 
 def haystack(
