@@ -32,6 +32,7 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _LISTS),
         ("scaling", ctypes.c_double),
         ("stop", ctypes.c_double),
+        ("half", ctypes.c_int64),
     ]
 
 

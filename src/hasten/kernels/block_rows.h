@@ -13,6 +13,7 @@ extern "C" struct Call {  // kernels/_block_native.py has the same fields
     int64_t B, H, Hk, Nq, Nk, d, e, q_strides[3], k_strides[3], v_strides[3];
     int64_t lists_b, lists_h, Tq, M, qo_b, qo_h, ko_b, ko_h, block_q, block_k, causal, threads;
     double scaling, stop;  // stop below 0: never
+    int64_t half;          // gathered keys and values: 0 fp32, 1 bf16, 2 fp16
 };
 
 namespace {
@@ -78,12 +79,11 @@ struct Work {
     int64_t key_at(int64_t b, int64_t hk, int64_t place) const {
         return c.k_order ? c.k_order[((b % c.ko_b) * c.ko_h + hk * c.ko_h / c.Hk) * c.Nk + place] : place;
     }
-    const float* key_row(int64_t b, int64_t h, int64_t n) const {
-        return c.k + b * c.k_strides[0] + h * c.k_strides[1] + n * c.k_strides[2];
+    static int64_t offset(const int64_t* strides, int64_t b, int64_t h, int64_t n) {
+        return b * strides[0] + h * strides[1] + n * strides[2];
     }
-    const float* value_row(int64_t b, int64_t h, int64_t n) const {
-        return c.v + b * c.v_strides[0] + h * c.v_strides[1] + n * c.v_strides[2];
-    }
+    const float* key_row(int64_t b, int64_t h, int64_t n) const { return c.k + offset(c.k_strides, b, h, n); }
+    const float* value_row(int64_t b, int64_t h, int64_t n) const { return c.v + offset(c.v_strides, b, h, n); }
     bool real(int64_t b, int64_t key) const { return (!c.begin || key >= c.begin[b]) && (!c.end || key < c.end[b]); }
 
     void lay_out() {
@@ -132,11 +132,12 @@ struct Rows {
     int32_t limit = 0;
     int64_t token[PANELS][PANEL], fine[PANELS][PANEL];
     int32_t place[PANELS][PANEL];
-    Buffer q, kt, v, k, vt;
+    Buffer q, kt, v, k, vt, wide;
 
     explicit Rows(const Work& w)
         : w(w), c(w.c), q(w.most * c.d), kt(w.whole ? 0 : LINE * c.d), v(w.whole || w.back ? 0 : LINE * w.ep),
-          k(!w.whole && w.back ? LINE * w.dp : 0), vt(!w.whole && w.back ? LINE * c.e : 0) {}
+          k(!w.whole && w.back ? LINE * w.dp : 0), vt(!w.whole && w.back ? LINE * c.e : 0),
+          wide(c.half ? PANEL * (c.d + c.e) : 0) {}
 
     const float* query_row(const Row& row) const {
         return c.q + b * c.q_strides[0] + row.head * c.q_strides[1] + row.query * c.q_strides[2];
@@ -222,6 +223,10 @@ struct Rows {
             if (i >= pending) place[filled][i] = NEVER, fine[filled][i] = -1;
             const int64_t key = token[filled][i < pending ? i : 0];  // what stands in for a missing key is masked
             keys[i] = w.key_row(b, hk, key), values[i] = w.value_row(b, hk, key);
+            if (!c.half) continue;
+            widen(w.offset(c.k_strides, b, hk, key) + (const uint16_t*)c.k, c.d, c.half, wide.floats() + i * c.d);
+            widen(w.offset(c.v_strides, b, hk, key) + (const uint16_t*)c.v, c.e, c.half, wide.floats() + PANEL * c.d + i * c.e);
+            keys[i] = wide.floats() + i * c.d, values[i] = wide.floats() + PANEL * c.d + i * c.e;
         }
         Panel& one = tile[filled];
         float *a = kt.floats() + filled * PANEL * c.d, *x = v.floats() + filled * PANEL * w.ep;
