@@ -127,10 +127,8 @@ def pbs_attn(
         q_order = along.sort(dim=-1, descending=True, stable=True).indices
         q_order = q_order.gather(-1, ((q_order + past) // segment).sort(dim=-1, stable=True).indices)
         at_q = q_order + past
-        q = q.gather(2, q_order[..., None].expand_as(q))
-    means_k, least = block_means(k.gather(2, k_order[..., None].expand_as(k)), k_order, block, shown)
-    shown_q = None if shown is None else shown[:, past:]
-    means_q, _ = block_means(q, at_q - past, block, shown_q)
+    means_k, least = block_means(k, k_order, block, shown)
+    means_q, _ = block_means(q, q_order, block, None if shown is None else shown[:, past:])
     tq, tk = means_q.shape[2], means_k.shape[2]
     cut = torch.nn.functional.pad(at_q, (0, tq * block - nq), mode="replicate").unflatten(-1, (tq, block))
     first, last = cut.amin(-1)[..., None], cut.amax(-1)[..., None]  # [b', h', Tq, 1], positions
@@ -149,11 +147,11 @@ def pbs_attn(
 def importance(q: Tensor, k: Tensor, scaling: float, shown: Tensor | None) -> Tensor:
     """What the queries [B, H, n, d] give each key [B, Hk, N, d] on average: float32 [B, Hk, N]."""
     batch, heads, n, dim = q.shape
-    rows = q.float().reshape(batch, k.shape[1], heads // k.shape[1] * n, dim)
-    scores = rows @ k.float().mT * scaling
-    if shown is not None:
-        scores = scores.masked_fill(~shown[:, None, None, : k.shape[2]], -torch.inf)
-    return scores.softmax(-1).nan_to_num_(0.0).mean(2)
+    rows = q.float().reshape(batch, k.shape[1], heads // k.shape[1] * n, dim) * scaling
+    scores = rows @ k.float().mT
+    if shown is None:
+        return scores.softmax(-1).mean(2)
+    return scores.masked_fill(~shown[:, None, None, : k.shape[2]], -torch.inf).softmax(-1).nan_to_num(0.0).mean(2)
 
 
 def within_segments(worth: Tensor, segment: int, length: int) -> Tensor:
@@ -165,24 +163,35 @@ def within_segments(worth: Tensor, segment: int, length: int) -> Tensor:
     return torch.cat([(inside + start).flatten(-2), rest], dim=-1)
 
 
-def block_means(x: Tensor, places: Tensor, block: int, shown: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean of each block's real rows, float32 [B, h, T, d], and the first place in each, [b', h', T].
+def block_means(x: Tensor, order: Tensor, block: int, shown: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean of each block's real rows, float32 [B, h, T, d], and its first real place, int64 [B, h, T] (2^62 for none).
+
+    Rows are summed where they lie: nothing is put in order.
 
     Args:
-        x: [B, h, N, d] in block order; places: of its rows, int64 [b', h', N]; shown: which places are real, [B', N].
+        x: [B, h, N, d]; order: its rows in block order, int64 [B, h, N]; shown: which rows are real, bool [B', N].
     """
-    number = x.shape[2]
-    blocks = -(-number // block)
-    far = torch.iinfo(torch.int64).max
-    cut = torch.nn.functional.pad(places, (0, blocks * block - number), value=-1).unflatten(-1, (blocks, block))
-    real = cut >= 0
+    batch, heads, number, dim = x.shape
+    blocks, device = -(-number // block), x.device
+    row, head = torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[:, None]
+    x = x.float()
+    if x.transpose(1, 2).is_contiguous():
+        table, at = x.transpose(1, 2).reshape(-1, dim), (row * number + order) * heads + head
+    else:
+        table, at = x.reshape(-1, dim), (row * heads + head) * number + order
+    places, real = torch.nn.functional.pad(order, (0, blocks * block - number), value=1 << 62), None
+    counts = torch.full((1, 1, blocks), block, device=device)
+    counts[..., -1] -= blocks * block - number
     if shown is not None:
-        real = real & shown.expand(x.shape[0], -1)[:, None].expand(-1, cut.shape[1], -1).gather(
-            2, cut.clamp(min=0).flatten(2).expand(x.shape[0], -1, -1)
-        ).unflatten(-1, (blocks, block))
-    rows = torch.nn.functional.pad(x, (0, 0, 0, blocks * block - number)).unflatten(2, (blocks, block))
-    sums = rows.sum(-2, dtype=torch.float32) if shown is None else (rows.float() * real[..., None]).sum(-2)
-    return sums / real.sum(-1).clamp(min=1)[..., None], cut.masked_fill(~real, far).amin(-1)
+        real = shown.expand(batch, -1)[:, None].expand(-1, heads, -1).gather(2, order)
+        there = torch.nn.functional.pad(real, (0, blocks * block - number))
+        places, counts = places.masked_fill(~there, 1 << 62), there.unflatten(-1, (blocks, block)).sum(-1)
+    starts = torch.arange(0, number, block, device=device)
+    starts = (torch.arange(batch * heads, device=device)[:, None] * number + starts).flatten()
+    weights = None if real is None else real.flatten().float()
+    sums = torch.nn.functional.embedding_bag(at.flatten(), table, starts, mode="sum", per_sample_weights=weights)
+    means = sums.view(batch, heads, blocks, dim) / counts.clamp(min=1)[..., None]
+    return means, places.unflatten(-1, (blocks, block)).amin(-1)
 
 
 @dataclasses.dataclass(frozen=True)

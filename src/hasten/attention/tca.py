@@ -111,17 +111,27 @@ def tca(
     real = torch.ones(1, 1, length, dtype=torch.bool, device=device) if shown is None else shown[:, None]
     if edge == 0:
         return real.expand(batch, hk, -1)
-    s = last_attention(q, k, scaling, real).sum((2, 3))[..., :edge].unflatten(-1, (-1, block))  # [B, Hk, T, b]
+    order, choice = thinned(q, k, shares[None].to(device), block, edge, scaling, real)
+    core = (order.argsort(-1) < 2 ** choice[0][..., None]).flatten(2)
+    return torch.cat([core, core.new_ones(batch, hk, length - edge)], -1) & real
+
+
+def thinned(
+    q: Tensor, k: Tensor, shares: Tensor, block: int, edge: int, scaling: float, real: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Each block's tokens by falling s, [B, Hk, T, b], and which power of two of them stays, [C, B, Hk, T].
+
+    Args:
+        shares: of C configurations, [C, Hk or 1, 1 + log2(block)]; edge: the tokens before it are in blocks.
+    """
+    s = last_attention(q, k, scaling, real).sum((2, 3))[..., :edge].unflatten(-1, (-1, block))
     there = real[..., :edge].unflatten(-1, (-1, block)).any(-1)  # [B', 1, T]
     total = s.sum(-1)
     redundancy = torch.where(total > 0, s.square().sum(-1) / total.square().clamp(min=1e-38), 1.0)
-    redundancy = redundancy.masked_fill(~there, -1.0)
-    rank = redundancy.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    rank = redundancy.masked_fill(~there, -1.0).argsort(dim=-1, descending=True, stable=True).argsort(-1)
     middle = (rank + 0.5) / there.sum(-1, keepdim=True).clamp(min=1)
-    choice = (shares.to(device).cumsum(-1)[None, :, None] <= middle[..., None]).sum(-1).clamp(max=shares.shape[-1] - 1)
-    order = s.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    core = (order < 2 ** choice[..., None]).flatten(2)
-    return torch.cat([core, core.new_ones(batch, hk, length - edge)], -1) & real
+    choice = (shares.cumsum(-1)[:, None, :, None] <= middle[..., None]).sum(-1).clamp(max=shares.shape[-1] - 1)
+    return s.argsort(dim=-1, descending=True, stable=True), choice
 
 
 def last_attention(q: Tensor, k: Tensor, scaling: float, real: Tensor) -> Tensor:
@@ -198,13 +208,14 @@ class TCA(SparseAttention):
                 return call.dense()
             shown = in_range(length, begin, end, keys.device)
             real = torch.ones(1, 1, length, dtype=torch.bool, device=keys.device) if shown is None else shown[:, None]
-            weights = last_attention(call.query[:, :, -JUDGES:], keys, call.scaling, real).mean((2, 3))
-            sums = lost.setdefault(call.layer, torch.zeros(len(candidates), keys.shape[1], dtype=torch.float64))
-            last = call.query[:, :, -self.probes :]
-            for c, shares in enumerate(candidates):
-                shares = shares.expand(keys.shape[1], -1)
-                keep = tca(last, keys, shares, self.block, window, call.scaling, begin, end)
-                sums[c] += (weights * ~keep).sum((0, 2)).cpu()
+            edge = (length - window) // self.block * self.block
+            last, table = call.query[:, :, -self.probes :], candidates[:, None].to(keys.device)
+            order, choice = thinned(last, keys, table, self.block, edge, call.scaling, real)
+            weights = last_attention(call.query[:, :, -JUDGES:], keys, call.scaling, real).mean((2, 3))[..., :edge]
+            held = weights.unflatten(-1, (-1, self.block)).gather(-1, order).cumsum(-1)  # by the first 1, 2, ... tokens
+            held = held[..., sizes(self.block).long() - 1].expand(len(candidates), -1, -1, -1, -1)
+            gone = (held[..., -1:] - held.gather(-1, choice[..., None])).sum((1, 3, 4)).double().cpu()  # [C, Hk]
+            lost[call.layer] = lost.get(call.layer, 0) + gone
             texts[call.layer] = texts.get(call.layer, 0) + len(keys)
             return call.dense()
 
