@@ -103,3 +103,13 @@ def test_by_name_with_options():
         workload("digits-dit(model=mlp)")
     with pytest.raises((PlanError, UsageError), match="model=dit"):
         workload("digits-dit(task=train, model=unet)")
+
+
+def test_large_digits_have_more_tokens():
+    work = DigitsDiT(task="train", side=24, layers=1, rows=2, steps=10)
+    model, batch = work.build(0), next(iter(work.batches(0)))
+    assert batch["images"].shape == (2, 1, 24, 24) and model.pos_embed.pos_embed.shape[1] == 144
+    assert work.loss(model, batch).isfinite()
+    assert work.evaluate(model).shape == (4 * (359 * 64 // 576),)
+    with pytest.raises((PlanError, UsageError), match="8x8"):
+        workload("digits-dit(side=24)")

@@ -19,8 +19,8 @@ WEIGHTS = weights.HOME
 FEATURES = 16
 
 
-def digits_dit(layers: int = 10, *, seed: int = 0) -> nn.Module:
-    """A `DiTTransformer2DModel` for digits: 16 tokens of 2x2 pixels, width 80; class 10 is the null class.
+def digits_dit(layers: int = 10, *, side: int = SIDE, seed: int = 0) -> nn.Module:
+    """A `DiTTransformer2DModel` for digits: tokens of 2x2 pixels (16 of them), width 80; class 10 is the null class.
 
     As in the DiT paper each block starts as the identity: the last linear of its adaptive norm starts at zero.
     Labels are dropped in the data and never inside the model, whose blocks would each drop others.
@@ -35,7 +35,7 @@ def digits_dit(layers: int = 10, *, seed: int = 0) -> nn.Module:
             in_channels=1,
             out_channels=1,
             num_layers=layers,
-            sample_size=SIDE,
+            sample_size=side,
             patch_size=2,
             num_embeds_ada_norm=CLASSES,
         )
@@ -186,6 +186,11 @@ class DigitsDiT(Workload):
     guidance: float = option(2.0, "weight of the conditional prediction; 1 is no guidance", least=1)
     batch: int = option(32, "digits in a request", least=1)
     examples: int = option(128, "digits that are drawn to judge quality", least=32)
+    side: int = option(8, "pixels per side of a digit that is trained on, an even number (task=train)", least=8)
+    layers: int = option(10, "layers of the transformer that is trained", least=1)
+    rows: int = option(64, "digits of a training batch", least=1)
+    steps: int = option(300, "steps of the baseline's schedule in training", least=10)
+    target: float = option(0.565, "held-out loss at which training stops", above=0)
 
     limit = 2.0
     evaluate_every = 20
@@ -204,9 +209,12 @@ class DigitsDiT(Workload):
         return ("sample", "train")
 
     def problems(self) -> list[str]:
+        found = []
         if self.task == "train" and self.model != "dit":
-            return ["task=train trains the transformer: leave model=dit"]
-        return []
+            found.append("task=train trains the transformer: leave model=dit")
+        if self.side % 2 or (self.task != "train" and self.side != SIDE):
+            found.append("side is an even number for task=train; the trained models draw digits of 8x8")
+        return found
 
     # Sampling.
 
@@ -249,42 +257,39 @@ class DigitsDiT(Workload):
 
     # Training.
 
-    @property
-    def target(self) -> float:
-        return 0.565
-
-    @property
-    def steps(self) -> int:
-        return 300
-
     def build(self, seed: int) -> nn.Module:
-        return digits_dit(seed=seed).to(self.device())
+        return digits_dit(self.layers, side=self.side, seed=seed).to(self.device())
 
     def batches(self, seed: int) -> DataLoader:
-        """Batches of 64: `images`, `labels` (some of them the null class), `noise` and `level` in (0, 1)."""
-        images, labels = digits(held_out=False)
+        """Batches of `rows`: `images`, `labels` (some of them the null class), `noise` and `level` in (0, 1)."""
+        images, labels = digits(held_out=False, side=self.side)
         rng = torch.Generator().manual_seed(seed)
         collate = functools.partial(_with_noise, rng=rng, device=self.device())
         data = list(zip(images, labels, strict=True))
-        return DataLoader(data, 64, shuffle=True, drop_last=True, collate_fn=collate, generator=rng)  # type: ignore[arg-type]
+        return DataLoader(data, self.rows, shuffle=True, drop_last=True, collate_fn=collate, generator=rng)  # type: ignore[arg-type]
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.99), weight_decay=0.01)
 
     def schedule(self, step: int, steps: int) -> float:
-        return min(1.0, (step + 1) / 50, 0.02 + 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
+        return min(1.0, (step + 1) / min(50, steps / 4), 0.02 + 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         return self._losses(model, batch).mean()
 
     def evaluate(self, model: nn.Module) -> np.ndarray:
-        """The loss of each held-out digit at four fixed levels of noise, [1436]."""
-        images, labels = digits(held_out=True)
+        """The loss of each held-out digit at four fixed levels of noise, [1436]; of large digits of a part of them."""
+        images, labels = digits(held_out=True, side=self.side)
+        count = max(16, len(images) * SIDE**2 // self.side**2)
+        images, labels = images[:count], labels[:count]
         pairs = list(zip(images.repeat(4, 1, 1, 1), labels.repeat(4), strict=True))
         rng = torch.Generator().manual_seed(0)
         batch = _with_noise(pairs, rng=rng, device=self.device())
+        at_once = len(pairs) if self.side == SIDE else 32
         with torch.no_grad():
-            return self._losses(model, batch).double().cpu().numpy()
+            parts = zip(*(value.split(at_once) for value in batch.values()), strict=True)
+            losses = [self._losses(model, dict(zip(batch, part, strict=True))) for part in parts]
+        return torch.cat(losses).double().cpu().numpy()
 
     def _noised(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         images, noise, level = batch["images"], batch["noise"], batch["level"]
