@@ -7,7 +7,7 @@ import hasten
 from conformance.attention import decoder
 from hasten.attention import _reading_cache
 from hasten.attention._reading import Chosen, Look, Reading, masked, mixed
-from hasten.attention._reading_cache import ReadLayer, gathered
+from hasten.attention._reading_cache import ReadLayer
 from hasten.core.errors import UsageError
 
 PLANS = [
@@ -136,24 +136,6 @@ def test_speculation_writes_what_plain_decoding_writes():
         plain = handle.model.generate(ids, max_new_tokens=20, do_sample=False)
         drafted = handle.model.generate(ids, max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=4)
     assert torch.equal(plain, drafted)
-
-
-def test_gathered_attention_is_attention_to_the_chosen():
-    generator = torch.Generator().manual_seed(0)
-    for heads, kv_heads, own in ((4, 2, 1), (4, 2, 2), (4, 2, 4), (3, 3, 1)):
-        query = torch.randn(2, heads, 1, 8, generator=generator)
-        store = torch.randn(2, 2, kv_heads, 40, 8, generator=generator)
-        keys, values = store[0][:, :, :31], store[1][:, :, :31]  # views of longer storage
-        rows = torch.stack([torch.randperm(31, generator=generator)[:9] for _ in range(2 * own)]).view(2, own, 9).int()
-        counts = torch.randint(1, 10, (2, own), generator=generator).int()
-        found = gathered(query, keys, values, rows, counts, 0.3)
-        for b in range(2):
-            for h in range(heads):
-                of = h * own // heads
-                chosen = rows[b, of, : counts[b, of]].long()
-                key, value = keys[b, h * kv_heads // heads, chosen], values[b, h * kv_heads // heads, chosen]
-                weights = (key @ query[b, h, 0] * 0.3).softmax(0)
-                torch.testing.assert_close(found[b, h, 0], weights @ value)
 
 
 def test_masks_of_one_forward_hold_each_query_to_its_own_choice():

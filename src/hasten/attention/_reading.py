@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hasten.attention._reading_cache import LOOP, ReadLayer, Tally, WholeCache, gathered, taken
+from hasten.attention._reading_cache import LOOP, ReadLayer, Tally, WholeCache, taken
 from hasten.core.options import Method
 from hasten.hosts.attention import Call
 from hasten.hosts.base import Host
 from hasten.hosts.caching import use_cache
 from hasten.hosts.context import Context
+from hasten.kernels.gather_attention import gather_attention
 
 
 @dataclasses.dataclass
@@ -216,7 +217,7 @@ def part_read(choice: Chosen | None, look: Look) -> float:
 def mixed(look: Look, choice: Chosen | None) -> Tensor:
     """Attention of one query to what was chosen, [batch, heads, 1, dim]."""
     if choice is not None and choice.weights is None and choice.rows is not None:
-        return gathered(look.query, look.keys, look.values, choice.rows, choice.counts, look.scaling)
+        return gather_attention(look.query, look.keys, look.values, choice.rows, choice.counts, scaling=look.scaling)
     weights = look.weights() if choice is None or choice.weights is None else choice.weights
     batch, heads, columns = weights.shape
     kv_heads = look.values.shape[1]

@@ -161,27 +161,6 @@ class WholeCache(Cache):
         self.prompt, self._begin = None, None
 
 
-def gathered(
-    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, counts: Tensor | None, scaling: float
-) -> Tensor:
-    """Attention of one query to some columns, [batch, heads, 1, dim].
-
-    Args:
-        query: [batch, heads, 1, dim]; keys, values: [batch, kv heads, columns, dim].
-        rows: int32 [batch, 1 or kv heads or heads, M]; counts: like it without M.
-    """
-    batch, heads, _, dim = query.shape
-    kv_heads, own, most = keys.shape[1], rows.shape[1], rows.shape[2]
-    sets = max(own, kv_heads)
-    key, value = (taken(store, rows, sets) for store in (keys, values))  # [batch, sets, M, dim]
-    grouped = query.reshape(batch, sets, heads // sets, dim)
-    scores = torch.matmul(grouped, key.transpose(2, 3)).float().mul_(scaling)
-    if counts is not None:
-        hidden = torch.arange(most, device=rows.device) >= counts[..., None]
-        scores = scores.masked_fill(hidden[:, :, None], -torch.inf)
-    return torch.matmul(scores.softmax(dim=-1).to(value.dtype), value).view(batch, heads, 1, -1)
-
-
 def taken(store: Tensor, rows: Tensor, sets: int) -> Tensor:
     """Rows of a view [batch, kv heads, columns, dim] for each of `sets` groups of heads, [batch, sets, M, dim]."""
     batch, kv_heads, _, dim = store.shape

@@ -7,6 +7,7 @@ sorted, so that memory is read in order.
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def top_rows(scores: Float[Tensor, "*rows n"], count: int) -> Int[Tensor, "*rows
 
 
 @functools.cache
-def kernel() -> "ctypes._CFuncPtr | None":
+def kernel() -> Callable[..., None] | None:
     """The native kernel, built at the first call; None where it can't be built."""
     library = native.library("top_rows.cpp")
     if library is None:
