@@ -83,7 +83,7 @@ struct Gather : Forward {
                 memset(plain.floats() + r * w.dp, 0, w.dp * 4);
                 for (int64_t i = 0; i < c.d; i++) plain.floats()[r * w.dp + i] = query_row(rows[r])[i] * (float)(c.scaling * LOG2E);
             }
-            const int64_t step = rows.size() <= 2 ? PANEL : TILE;  // small tiles mix reading and computing best
+            const int64_t step = rows.size() <= 2 || c.half ? PANEL : TILE;  // small tiles mix reading and computing best
             for (int64_t i = first; i < last; i += step) tile_of(i, (int)std::min(step, last - i), last, at);
             return;
         }

@@ -190,20 +190,21 @@ void strips(const float* const* rows, int64_t count, int64_t n, float* to) {
 }
 
 // n numbers of bf16 (kind 1) or fp16 (2) to fp32.
-[[maybe_unused]] inline void widen(const uint16_t* from, int64_t n, int64_t kind, float* to) {
-    for (int64_t i = 0; kind == 1 && i < n; i++) {
-        const uint32_t bits = (uint32_t)from[i] << 16;
-        memcpy(to + i, &bits, 4);
+[[maybe_unused]] inline void widen(const uint16_t* __restrict from, int64_t n, int64_t kind, float* __restrict to) {
+    typedef uint32_t __attribute__((may_alias)) word;
+    word* const bits = (word*)to;
+    if (kind == 1) {
+        for (int64_t i = 0; i < n; i++) bits[i] = (uint32_t)from[i] << 16;
+        return;
     }
-    for (int64_t i = 0; kind == 2 && i < n; i++) {
-        const uint32_t bits = (uint32_t)(from[i] & 0x7fff) << 13, sign = (uint32_t)(from[i] & 0x8000) << 16;
-        float scaled;
-        memcpy(&scaled, &bits, 4);
-        scaled *= 5.192296858534828e33f;  // 2^112: the exponents' biases differ by that much
-        uint32_t whole;
-        memcpy(&whole, &scaled, 4);
-        whole |= sign | ((from[i] & 0x7c00) == 0x7c00 ? 0x7f800000 : 0);
-        memcpy(to + i, &whole, 4);
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t x = from[i], sign = (x & 0x8000) << 16, endless = (x & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+        union {
+            uint32_t bits;
+            float value;
+        } number{(x & 0x7fff) << 13};
+        number.value *= 5.192296858534828e33f;  // 2^112: the exponents' biases differ by that much
+        bits[i] = number.bits | sign | endless;
     }
 }
 
