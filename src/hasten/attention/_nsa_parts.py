@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from hasten.math.blocks import Blocks, visible_blocks
 from hasten.math.shapes import Float, Int
 
-_ROWS = 1024  # queries whose compressed scores are held at a time
+_ROWS = 512  # queries whose compressed scores are computed together, up to the last block that one of them sees
 _TILE = 64  # tokens of the blocks in which the window is computed
 
 
@@ -96,16 +96,18 @@ def coarse(
     for start in range(0, nq, _ROWS):
         part = q[:, :, start : start + _ROWS].unflatten(1, (hk, -1))  # [B, Hk, G, n, d]
         at = torch.arange(start, start + part.shape[3], device=q.device) + past
-        seen = (first + length - 1 <= at[:, None])[None]  # [1, n, Nc]
+        upto = min(nc, max(0, (start + part.shape[3] + past - length) // stride + 1))
+        begins = first[:upto]
+        seen = (begins + length - 1 <= at[:, None])[None]  # [1, n, upto]
         if begin is not None:
-            seen = seen & (first >= begin[:, None])[:, None]
+            seen = seen & (begins >= begin[:, None])[:, None]
         if end is not None:
-            seen = seen & (first + length <= end[:, None])[:, None]
+            seen = seen & (begins + length <= end[:, None])[:, None]
         seen = seen[:, None, None]
-        s = (part @ k[:, :, None].transpose(-1, -2)).float() * scaling
+        s = (part @ k[:, :, None, :upto].transpose(-1, -2)).float() * scaling
         p = s.masked_fill(~seen, -1e30).softmax(-1) * seen  # 0 where nothing is seen
-        outs.append((p.to(v.dtype) @ v[:, :, None]).flatten(1, 2))
-        scores.append(p.detach().sum(2) @ table)
+        outs.append((p.to(v.dtype) @ v[:, :, None, :upto]).flatten(1, 2))
+        scores.append(p.detach().sum(2) @ table[:upto])
     return torch.cat(outs, 2), torch.cat(scores, 2)
 
 
