@@ -7,7 +7,7 @@ import hasten
 from hasten.core.errors import UsageError
 from hasten.workloads import stdlib_rag
 
-SMALL = "passages=3, passage=96, pool=6, question=24, new=4, examples=8, warm=3"
+SMALL = "passages=3, passage=96, pool=6, question=24, new=4, scored=12, examples=8, warm=3"
 
 
 def text_of(one):
@@ -35,7 +35,7 @@ def test_answers_follow_from_the_passages(kind):
 
 def test_popular_passages_come_more_often():
     workload = hasten.workload(f"stdlib-rag({SMALL})")
-    pool = stdlib_rag._pool(6, 96, 28, False)
+    pool = stdlib_rag._pool(6, 96, 36, False)
     asked = workload.ask(200, 0)
     counts = [sum(text_of(context) == passage.text for one in asked for context in one.contexts) for passage in pool]
     assert counts[0] > 1.3 * counts[-1] and min(counts) > 20
@@ -78,7 +78,7 @@ def test_a_prefix_cache_changes_no_answer_and_saves_work(monkeypatch):
 
 
 def test_options_that_cannot_be():
-    for options in ("passages=9, pool=4", "passage=40, question=40", "passages=12, pool=12, passage=512"):
+    for options in ("passages=9, pool=4", "passage=40, question=40, scored=8", "passages=12, pool=12, passage=512"):
         with pytest.raises(UsageError):
             hasten.workload(f"stdlib-rag({options})")
     hasten.workload("stdlib-rag(model=long, passages=12, pool=12, passage=512)")

@@ -51,7 +51,8 @@ class StdlibRAG(Workload):
     passage: int = option(320, "bytes of a passage", least=32)
     pool: int = option(12, "passages there are", least=2)
     question: int = option(64, "bytes of a question, other than for a needle", least=2)
-    new: int = option(8, "bytes of an answer, other than a needle's code", least=2)
+    new: int = option(8, "bytes that are generated, other than for a needle", least=2)
+    scored: int = option(64, "bytes of the true answer that quality is measured on, other than a needle's", least=2)
     examples: int = option(48, "held-out questions that quality is measured on", least=8, most=4096)
     warm: int = option(20, "prompts before those, which are not scored", least=0)
     between: str = option("nothing", "what a plain arm keeps between requests", choices=("nothing", "prefix"))
@@ -68,9 +69,9 @@ class StdlibRAG(Workload):
         found = []
         if self.passages > self.pool:
             found.append("a prompt has at most as many passages as the pool")
-        if self.question + self.new >= self.passage:
+        if self.question + self.scored >= self.passage:
             found.append("a question and its answer fit into a passage: make passage larger")
-        if len(HEADER) + self.passages * self.passage + self.question + self.new > self.context:
+        if len(HEADER) + self.passages * self.passage + self.question + max(self.new, self.scored) > self.context:
             found.append(f"a prompt and its answer are at most {self.context} bytes, the model's context")
         return found
 
@@ -89,7 +90,7 @@ class StdlibRAG(Workload):
 
     def ask(self, count: int, seed: int) -> list[Asked]:
         """Requests drawn with a seed, from the same pool of passages always."""
-        pool = _pool(self.pool, self.passage, self.question + self.new, self.kind == "needle")
+        pool = _pool(self.pool, self.passage, self.question + self.scored, self.kind == "needle")
         rng, device = np.random.default_rng(seed), self.device()
         popular = 1 / np.arange(1, self.pool + 1)
         asked = []
@@ -103,8 +104,8 @@ class StdlibRAG(Workload):
                 following = which.following
                 if self.kind == "quote" or (self.kind == "both" and i % 2 == 0):
                     source = pool[rng.choice(drawn)].text
-                    start = rng.integers(0, self.passage - self.question - self.new)
-                    following = source[start : start + self.question + self.new]
+                    start = rng.integers(0, self.passage - self.question - self.scored)
+                    following = source[start : start + self.question + self.scored]
                 question, answer = following[: self.question], following[self.question :]
             contexts = [pool[one].text for one in drawn]
             ids = [torch.tensor(list(part), device=device) for part in (HEADER, question, answer, *contexts)]
@@ -112,7 +113,7 @@ class StdlibRAG(Workload):
         return asked
 
     def serve(self, handle: Any, request: Asked) -> torch.Tensor:
-        new = len(request.answer)
+        new = len(request.answer) if self.kind == "needle" else self.new
         if hasattr(handle.host, "shelf"):
             question = request.question[None]
             out = handle.generate(
