@@ -169,6 +169,13 @@ def test_it_trains_a_vision_transformer():
     assert losses[-1] < losses[0] / 2, losses
 
 
+def test_only_the_named_blocks_become_local():
+    handle = hasten.apply(vit(), "attention/gna(window=3, blocks=[2, 0])")
+    assert ["forward" in vars(layer.attention) for layer in handle.host.layers] == [True, False, True]
+    with pytest.raises(UsageError, match="layers 0 to 2"):
+        hasten.apply(vit(), "attention/gna(window=3, blocks=[3])")
+
+
 def test_options_that_do_not_go_together():
     with pytest.raises(PlanError, match="stride is at most window"):
         GNA(window=3, stride=4)
