@@ -44,7 +44,7 @@ CARD = Card(
     claimed=1.46,
     identity={"window": 1000000},
     experiment=("digits-vit(task=classify)", "attention/gna(window=8, stride=8, blocks=[3, 4, 5, 6, 7])"),
-    when="Images and video with thousands of tokens: stride equal to the tile's side, in blocks that look at neighbours.",
+    when="Images and video of thousands of tokens: stride equal to the tile's side, in blocks that look at neighbours.",
     when_not="Grids of a few hundred tokens, or windows near the grid's size: the simulator's bound shows it first.",
     hosts=("vit", "denoiser"),
 )
