@@ -96,7 +96,9 @@ POLICIES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ends", [(29, *range(30, 41)), (4, 9, 10, 27, 33, 34, 40), (LENGTH,)], ids=str)
+@pytest.mark.parametrize(
+    "ends", [(29, *range(30, 41)), (4, 9, 10, 27, 33, 34, 40), (8, 11, 14, 24, 33, 40), (LENGTH,)], ids=str
+)
 @pytest.mark.parametrize("name", POLICIES)
 def test_it_equals_the_masked_attention_over_the_whole_text(name, ends):
     policy, (ids, mask, places) = POLICIES[name], batch()

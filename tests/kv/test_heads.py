@@ -73,10 +73,42 @@ def test_heads_of_different_lengths_take_the_memory_of_their_tokens():
     assert all(layer._keys is None and layer._values is None for layer in cache.layers)
     longest = sum(layer.length for layer in cache.layers)
     assert longest > 1.2 * 0.25 * 100 * 4  # a rectangle would have taken this much more
-    for at in range(100, 125):
-        step = ids[:, at - 100 : at - 99]
-        model(step, past_key_values=cache)
-    assert cache.nbytes <= full / 4 + 4 * 4 * 2 * (64 + 8) * 8 * 4  # layers, heads, pairs, free slots, dim, bytes
+    free_slots = 4 * 4 * 2 * (64 + 8) * 8 * 4  # layers, heads, pairs, slots, dim, bytes
+    for at in range(25):
+        model(ids[:, at : at + 1], past_key_values=cache)
+        assert cache.nbytes <= full / 4 + free_slots
+
+
+@torch.no_grad()
+def test_rows_that_leave_take_their_slots_along():
+    model, ids = build(), tokens(2, 70)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    handle = applied(model, heads=True)
+    cache, alone = handle.host.new_cache(), handle.host.new_cache()
+    model(ids[:, :60], attention_mask=mask[:, :60], past_key_values=cache)
+    model(ids[1:, 40:60], past_key_values=alone)
+    before = cache.nbytes
+    cache.batch_select_indices(torch.tensor([1]))
+    for layer, single in zip(cache.layers, alone.layers, strict=True):
+        assert layer.length == single.length and layer.real().tolist() == single.real().tolist()
+    assert cache.nbytes == alone.nbytes < before / 2
+    for at in range(60, 70):
+        got = model(ids[1:, at : at + 1], attention_mask=mask[1:, : at + 1], past_key_values=cache).logits
+        assert torch.allclose(got, model(ids[1:, at : at + 1], past_key_values=alone).logits, atol=1e-5)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu():
+    ids, outs = tokens(2, 46), []
+    for device in ("cpu", "cuda"):
+        model = build().to(device)
+        cache = applied(model, heads=True).host.new_cache()
+        ends = (40, 41, 44, 45, 46)
+        parts = [model(ids[:, a:b].to(device), past_key_values=cache) for a, b in zip((0, *ends), ends, strict=False)]
+        outs.append(torch.cat([part.logits.cpu() for part in parts], 1))
+    assert torch.allclose(*outs, atol=1e-3)
 
 
 @torch.no_grad()

@@ -374,6 +374,7 @@ class KeptLayer(CacheLayerMixin):
         if count:
             self.length -= count
             self.lead = None if self.lead is None else self.lead - count
+            self.limit = None if self.limit is None else self.limit - count
             self.scores = None if self.scores is None else self.scores[..., count:]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
