@@ -5,6 +5,8 @@ import torch
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -42,6 +44,11 @@ def neighbours():
     return CohereForCausalLM(CohereConfig(**SMALL, num_key_value_heads=2)).eval()
 
 
+def spread():
+    torch.manual_seed(0)
+    return GlmForCausalLM(GlmConfig(**SMALL, num_key_value_heads=2, head_dim=8)).eval()
+
+
 def partial():
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
@@ -56,7 +63,7 @@ def keys(model, start, ids):
 
 
 MODELS = {name: (lambda rope=rope: llama(rope)) for name, rope in ROPES.items()}
-MODELS |= {"neighbours": neighbours, "partial": partial}
+MODELS |= {"neighbours": neighbours, "spread": spread, "partial": partial}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -146,6 +146,36 @@ def test_what_a_request_must_be():
         handle.generate(contexts=[text["first"]])
 
 
+@torch.no_grad()
+def test_learned_positions_will_do():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=61, n_positions=128, bos_token_id=1, eos_token_id=2)
+    model, text = GPT2LMHeadModel(config).eval(), parts()
+    wanted = encoded(model, [text["prefix"], text["third"]], text["question"])
+    handle = hasten.api.apply(model, "kv/ape(temperature=1.0, scale=1.0)")
+    cache = handle.host.read([text["third"]], text["prefix"])
+    places = torch.arange(20, 27)[None]
+    found = handle.model(text["question"][None], past_key_values=cache, position_ids=places).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_attention_that_changes_cached_keys_is_refused():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=61, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8,
+        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=8,
+        first_k_dense_replace=1, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config)
+    with pytest.raises(UsageError, match="can't see the attention"):
+        hasten.api.apply(model, "kv/ape")
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_layers_with_windows_are_refused():
     from transformers import MistralConfig, MistralForCausalLM
 

@@ -35,10 +35,12 @@ class Rotary:
     Attributes:
         module: the model's own rotary embedding, which gives cosines and sines.
         turn: how the entries are paired: the first half with the second, or neighbours.
+        spread: whether the module lists each angle for two halves although neighbours are paired.
     """
 
     module: nn.Module
     turn: Turn
+    spread: bool = False
 
     def move(self, keys: Tensor, by: int) -> Tensor:
         """Keys [..., dim] as they would be `by` positions further on; the same object where `by` is 0.
@@ -56,6 +58,8 @@ class Rotary:
     def _angles(self, by: int, device: torch.device) -> tuple[Tensor, Tensor]:
         places = torch.tensor([[0, abs(by)]], device=device)
         cos, sin = self.module(torch.zeros(1, device=device), places)
+        if self.spread:
+            cos, sin = (one[..., : one.shape[-1] // 2].repeat_interleave(2, -1) for one in (cos, sin))
         scale = cos[0, 0]  # the factor that some variants put on cosine and sine; the keys have it already
         return cos[0, 1] / scale, sin[0, 1] / scale * (1 if by > 0 else -1)
 
@@ -85,8 +89,8 @@ def rotary_of(host: Host, name: str) -> Rotary:
                 "when the text gets longer: use a model with fixed angles (default, linear, llama3, yarn)"
             )
     here, there = _keys_at(host, 0), _keys_at(host, 5)
-    for turn in (_halves, _neighbours):
-        rotary = Rotary(module, turn)
+    for turn, spread in ((_halves, False), (_neighbours, False), (_neighbours, True)):
+        rotary = Rotary(module, turn, spread)
         try:
             moved = rotary.move(here, 5)
         except (RuntimeError, TypeError, ValueError):

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from hasten.core.errors import UsageError
 from hasten.core.options import Method, option
-from hasten.hosts.attention import take_over
+from hasten.hosts.attention import Call, hand_over, take_over
 from hasten.hosts.base import Host
 from hasten.hosts.caching import check_caching
 from hasten.hosts.context import Context
@@ -271,6 +271,7 @@ def install(method: ContextReuse, host: Host, context: Context) -> dict[str, Any
     check_caching(host, method.name)
     known = method.prepare(host)
     take_over(host)
+    _check_seen(host, method.name)
     shelf = Shelf(host, int(method.store * MEGABYTE))
 
     def compose(requests: list[Request]) -> Any:
@@ -328,6 +329,39 @@ def install(method: ContextReuse, host: Host, context: Context) -> dict[str, Any
     host.changes.set(host, "read", read)
     host.wrap_generate(generate)  # type: ignore[attr-defined]
     return {}
+
+
+class _Seen(DynamicCache):
+    """Learns whether attention shows itself to a cache."""
+
+    seen = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return hand_over(keys, self, layer_idx), values  # type: ignore[arg-type]
+
+    def attend(self, layer: int, call: Call) -> None:
+        self.seen = True
+
+    def mask(self, layer: int, query: Tensor, given: Tensor | None) -> Tensor | None:
+        return given
+
+    def observe(self, *given: Any) -> None:
+        """The output is as it is."""
+
+
+def _check_seen(host: Host, name: str) -> None:
+    cache, training = _Seen(), host.model.training
+    host.model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.zeros(1, 2, dtype=torch.int64)
+            host.forward({"input_ids": ids, "past_key_values": cache, "use_cache": True})
+    finally:
+        host.model.train(training)
+    if not cache.seen:
+        model = type(host.model).__name__
+        raise UsageError(f"{name} can't see the attention of {model}: it changes the keys that a cache returns")
 
 
 def _copies(host: Host, kwargs: dict[str, Any]) -> int:
