@@ -178,7 +178,7 @@ class Shelf:
                 fill(cache, past.keys[:, None].expand(-1, len(batch), -1, -1, -1),
                      past.values[:, None].expand(-1, len(batch), -1, -1, -1))  # fmt: skip
             self.forward(ids, torch.arange(start, start + longest, device=ids.device).expand(len(batch), -1), cache)
-            held = [layer for layer in cache.layers if layer.is_initialized]
+            held = [layer for layer in cache.layers if getattr(layer, "is_initialized", False)]
             keys, values = ([getattr(layer, name)[:, :, start:] for layer in held] for name in ("keys", "values"))
             for row, i in enumerate(batch):
                 size = len(texts[i])
@@ -293,7 +293,7 @@ def install(method: ContextReuse, host: Host, context: Context) -> dict[str, Any
         return cache if cache is not None else _whole(shelf, requests)
 
     def generate(inner: Callable[..., Any], *args: Any, contexts: Any = None, prefix: Any = None, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         if contexts is None and prefix is not None:
             raise UsageError("a prefix goes with contexts: pass contexts=[...] too, or put it before the prompt")
         if contexts is None and not hasattr(cache, "text"):

@@ -30,7 +30,8 @@ def part(query: Tensor, keys: Tensor, values: Tensor, scaling: float, seen: Tens
     groups, shared = heads // kv_heads, len(keys) < batch
     most = SCORES if query.device.type == "cpu" else 8 * SCORES
     size = max(1, most // max(1, batch * heads * slots))
-    outs, logs = [], []
+    outs: list[Tensor] = []
+    logs: list[Tensor] = []
     for begin in range(0, n, size):
         some = query[:, :, begin : begin + size].unflatten(1, (kv_heads, groups))  # [B, Hk, G, m, d]
         if shared:
@@ -68,6 +69,8 @@ class ParallelCache(Cache):
     Attributes:
         text, mask: of the columns, int64 [batch, columns]: the prefix and the longest context, padded on the left.
     """
+
+    layers: list[Any]
 
     def __init__(self, past: Entry | None, rows: Sequence[Sequence[Entry]], attend: Attend) -> None:
         super().__init__(layers=[])

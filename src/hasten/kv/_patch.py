@@ -1,7 +1,7 @@
 """A text of which some tokens pass through the model again while the others bring their keys and values along."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,14 @@ from hasten.kv._contexts import ComposedCache, columns, fill
 
 BLOCK, BLOCKS = 128, 16  # chosen tokens whose attention is computed together, at least; such blocks, at most
 See = Callable[[int, Tensor, Tensor, float], None]
-Piece = tuple[int, Tensor, Tensor]
-"""The place of a piece's first token, and its keys and values [layers, kv heads, tokens, dim], turned to that place."""
+
+
+class Held(NamedTuple):
+    """What is known of a stretch of the text: where it begins, and [layers, kv heads, tokens, dim] each."""
+
+    start: int
+    keys: Tensor
+    values: Tensor
 
 
 class Patch(Cache):
@@ -27,7 +33,7 @@ class Patch(Cache):
             scaling).
     """
 
-    def __init__(self, length: int, pieces: Sequence[Piece], slots: Tensor | None, see: See) -> None:
+    def __init__(self, length: int, pieces: Sequence[Held], slots: Tensor | None, see: See) -> None:
         super().__init__(layers=[])
         self.length, self.pieces, self.slots, self.see = length, pieces, slots, see
         self.keys: list[Tensor] = []
@@ -44,15 +50,15 @@ class Patch(Cache):
         return query_length, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        for held, new, which in ((self.keys, key_states, 1), (self.values, value_states, 2)):
+        for held, new, name in ((self.keys, key_states, "keys"), (self.values, value_states, "values")):
             assert len(held) == layer_idx, "layers run in order, each once"
             if self.slots is None:
                 held.append(new)
                 continue
             whole = new.new_empty(1, new.shape[1], self.length, new.shape[3])
             for piece in self.pieces:
-                part = piece[which][layer_idx]
-                whole[0, :, piece[0] : piece[0] + part.shape[1]] = part
+                part = getattr(piece, name)[layer_idx]
+                whole[0, :, piece.start : piece.start + part.shape[1]] = part
             whole[:, :, self.slots] = new
             held.append(whole)
         return hand_over(self.keys[-1], self, layer_idx), self.values[-1]

@@ -109,19 +109,23 @@ class APE(ContextReuse):
     def _stored(self, shelf: Shelf, shared: Tensor, texts: list[Tensor], past: Entry | None) -> list[Entry]:
         """Entries from the store; what is missing is read, all of it side by side."""
         names = [(shared.cpu().numpy().tobytes(), text.cpu().numpy().tobytes(), past is None) for text in texts]
-        found = [shelf.store.get(name) for name in names]
-        new = [i for i, entry in enumerate(found) if entry is None]
+        held = {name: entry for name in names if (entry := shelf.store.get(name)) is not None}
+        new = [i for i, name in enumerate(names) if name not in held]
         shelf.read += sum(len(texts[i]) for i in new)
-        shelf.reused += sum(len(entry.ids) for entry in found if entry is not None)
+        shelf.reused += sum(len(entry.ids) for entry in held.values())
         for i, entry in zip(new, shelf.encode([texts[i] for i in new], past), strict=True):
-            found[i] = entry
+            held[names[i]] = entry
             shelf.store.put(names[i], entry)
-        for entry in found:
+        for entry in held.values():
             shelf.store.used(entry, len(entry.ids))
-        return found
+        return [held[name] for name in names]
 
-    def _attend(self, *given: Any) -> Tensor:
-        return ape(*given[:7], self.temperature, self.scale, given[7])
+    def _attend(
+        self, query: Tensor, context_keys: Tensor, context_values: Tensor, keys: Tensor, values: Tensor,
+        shown: Tensor | None, among: Tensor | None, scaling: float,
+    ) -> Tensor:  # fmt: skip
+        temperature, scale = self.temperature, self.scale
+        return ape(query, context_keys, context_values, keys, values, shown, among, temperature, scale, scaling)
 
 
 METHOD = APE

@@ -11,7 +11,8 @@ with most attention to other passages go through all layers again, in one forwar
 keys are turned there. Of the variants of a passage, read behind different S_old, the one of least CFO is taken.
 
 Departures, the paper's text being known in part only: worth in the store is tokens saved (its score was not to be had);
-no early end for passages that the question ignores; a passage that was read first of all has beta' = 0 elsewhere.
+no early end for passages that the question ignores; a passage that was read first of all has beta' = 0 elsewhere; one
+tier, in the model's memory. What is read whole behind passages that were partly redone is stored as it came out.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from hasten.hosts.base import Host
 from hasten.hosts.rotary import Rotary, rotary_of
 from hasten.kv._contexts import ComposedCache, ContextReuse, Entry, Request, Shelf
 from hasten.kv._leaning import Leaning
-from hasten.kv._patch import Patch, join
+from hasten.kv._patch import Held, Patch, join
 
 CARD = Card(
     title="Cache-Craft: Managing Chunk-Caches for Efficient Retrieval-Augmented Generation",
@@ -92,8 +93,8 @@ def cache_craft(
     for layer in weights:
         leaning.add(layer)
     cci, overlap, cfo = leaning.judge(places.tolist(), before, alpha)
-    made = (torch.tensor(one, dtype=torch.float64) for one in (cci, overlap, cfo))
-    return (*made, leaning.choose(cfo))
+    made = [torch.tensor(one, dtype=torch.float64) for one in (cci, overlap, cfo)]
+    return made[0], made[1], made[2], leaning.choose(cfo)
 
 
 @dataclasses.dataclass
@@ -133,13 +134,13 @@ class CacheCraft(ContextReuse):
         pieces = self._plan(shelf, shared, texts)
         ids = torch.cat([piece.ids for piece in pieces])
         slots = torch.cat([piece.redo.nonzero()[:, 0] + piece.start for piece in pieces]).to(ids.device)
-        known = [
-            (piece.start, rotary.move(piece.entry.keys, piece.start - piece.entry.start), piece.entry.values)
-            for piece in pieces
-            if piece.entry is not None
-        ]
+        known = []
+        for piece in pieces:
+            if piece.entry is not None:
+                keys = rotary.move(piece.entry.keys, piece.start - piece.entry.start)
+                known.append(Held(piece.start, keys, piece.entry.values))
         if not len(slots):
-            keys, values = (torch.cat([piece[which] for piece in known], 2) for which in (1, 2))
+            keys, values = torch.cat([one.keys for one in known], 2), torch.cat([one.values for one in known], 2)
             return [list(keys[:, None]), list(values[:, None])]
         whole = len(slots) == len(ids)
         patch = Patch(len(ids), known, None if whole else slots, _watch(pieces, slots))
@@ -162,17 +163,18 @@ class CacheCraft(ContextReuse):
         for text in texts:
             name = _name(text)
             start = bounds[-1][1] if bounds else len(shared)
-            stored = [shelf.store.get((head, name, i)) for i in range(self.variants)]
-            shares = [2.0 if entry is None else self._share(entry.facts, names) for entry in stored]
-            best = min(range(self.variants), key=shares.__getitem__)
-            if shares[best] < self.renew:
+            stored = {(head, name, i): shelf.store.get((head, name, i)) for i in range(self.variants)}
+            shares = {one: self._share(entry.facts, names) for one, entry in stored.items() if entry is not None}
+            best = min(shares, key=shares.__getitem__, default=None)
+            if best is not None and shares[best] < self.renew:
                 entry = stored[best]
-                pieces.append(_Piece((head, name, best), text, start, entry, entry.facts.choose(shares[best])))
+                assert entry is not None
+                pieces.append(_Piece(best, text, start, entry, entry.facts.choose(shares[best])))
             else:
-                place = min(range(self.variants), key=lambda i: -1.0 if stored[i] is None else stored[i].rank)
+                ranks = {one: -1.0 if entry is None else entry.rank for one, entry in stored.items()}
                 leaning = Leaning.of(list(bounds), len(text), list(names))
                 whole = torch.ones(len(text), dtype=torch.bool)
-                pieces.append(_Piece((head, name, place), text, start, None, whole, leaning))
+                pieces.append(_Piece(min(ranks, key=ranks.__getitem__), text, start, None, whole, leaning))
             names.append(name)
             bounds.append((start, start + len(text)))
         for piece in pieces:
@@ -193,11 +195,10 @@ class CacheCraft(ContextReuse):
 
 def _watch(pieces: list[_Piece], slots: Tensor) -> Any:
     """What sums up, layer by layer, the attention of the passages that are read whole."""
-    new = [piece for piece in pieces if piece.leaning is not None]
-    rows = [int((slots < piece.start).sum()) for piece in new]
+    new = [(piece, piece.leaning, int((slots < piece.start).sum())) for piece in pieces if piece.leaning is not None]
 
     def see(layer: int, query: Tensor, keys: Tensor, scaling: float) -> None:
-        for piece, row in zip(new, rows, strict=True):
+        for piece, leaning, row in new:
             end, places = piece.start + len(piece.ids), torch.arange(piece.start + len(piece.ids), device=keys.device)
             size = max(1, SCORES // (len(query) * end))
             for first in range(0, len(piece.ids), size):
@@ -207,7 +208,7 @@ def _watch(pieces: list[_Piece], slots: Tensor) -> Any:
                     torch.matmul(flat, keys[:, :end].transpose(1, 2)).float().mul_(scaling).view(*own.shape[:2], end)
                 )
                 here = piece.start + first + torch.arange(own.shape[1], device=keys.device)
-                piece.leaning.add(scores.masked_fill_(places > here[:, None], -torch.inf).softmax(-1), first)
+                leaning.add(scores.masked_fill_(places > here[:, None], -torch.inf).softmax(-1), first)
 
     return see
 
