@@ -21,7 +21,8 @@ CASES = {
     "few visits are gathered": ((1, 4, 2, 7, 400, 16, 24), 1, 4, 8, 64, True, "sparse pad"),
     "tiny blocks": ((1, 4, 4, 50, 60, 16, 16), 1, 1, 7, 5, True, "order mask"),
     "tokens": ((2, 6, 2, 40, 130, 40, 24), 2, 2, 4, 1, True, "pad"),
-    "tokens of each query": ((1, 8, 2, 9, 150, 16, 16), 1, 8, 1, 1, True, "mask"),
+    "tokens of each query": ((1, 8, 2, 9, 150, 16, 24), 1, 2, 1, 1, True, "pad"),
+    "masked tokens": ((1, 8, 2, 9, 150, 16, 16), 1, 8, 1, 1, True, "mask"),
     "all at once": ((2, 4, 2, 130, 150, 20, 36), 2, 4, 32, 48, False, "order mask pad"),
     "wide heads": ((1, 1, 1, 40, 64, 256, 200), 1, 1, 16, 32, True, ""),
     "one number": ((1, 1, 1, 20, 20, 1, 1), 1, 1, 16, 16, True, ""),
@@ -196,4 +197,4 @@ def test_without_a_compiler_pytorch_does_it(monkeypatch):
 def test_a_header_is_part_of_a_kernels_name():
     folder = native.pathlib.Path(native.__file__).parent
     text = native._text(folder / "block_attention.cpp")
-    assert all((folder / name).read_text() in text for name in ("block_forward.h", "block_rows.h", "vectors.h"))
+    assert all((folder / name).read_text() in text for name in ("block_few.h", "block_rows.h", "vectors.h"))

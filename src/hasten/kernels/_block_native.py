@@ -59,6 +59,8 @@ def forward(
     """Output [B, H, Nq, e] and log-sum-exp [B, H, Nq] of CPU tensors, both float32, as `backward` wants them."""
     out = torch.empty(*q.shape[:3], v.shape[3])
     lse = torch.empty(q.shape[:3])
+    if out.numel() == 0:
+        return out, lse
     call, kept = _call(q, k, v, blocks, scaling, causal, begin, end, stop)
     call.out, call.lse = out.data_ptr(), lse.data_ptr()
     _run("hasten_block_attention", call, isa)
@@ -71,6 +73,8 @@ def backward(
     scaling: float, causal: bool, begin: Tensor | None = None, end: Tensor | None = None, *, isa: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v from those of `forward`'s output and (where it was used) log-sum-exp."""
+    if out.numel() == 0:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     (dq, dk, dv), more = [torch.empty(x.shape) for x in (q, k, v)], [x.float().contiguous() for x in (dout, out, lse)]
     call, kept = _call(q, k, v, blocks, scaling, causal, begin, end, None)
     call.dout, call.out, call.lse = (x.data_ptr() for x in more)
@@ -84,8 +88,6 @@ def backward(
 
 
 def _run(name: str, call: _Call, isa: str | None) -> None:
-    if call.B * call.H * call.Nq * call.Nk == 0:
-        raise AssertionError("an empty call reaches no kernel")
     found = library(isa)
     assert found is not None, "ask available() first"
     getattr(found, name)(ctypes.byref(call))

@@ -5,7 +5,7 @@
 // 2^8 behind, so most tiles rescale nothing. Panels seen whole are never tested against a mask, panels not seen are skipped.
 // Where blocks are visited often, keys and values are laid out once, in the order of the blocks; else (single tokens, few
 // queries) tile by tile. Plain C interface over raw pointers; built by hasten/kernels/native.py.
-#include "block_forward.h"
+#include "block_few.h"
 
 namespace {
 
@@ -102,7 +102,7 @@ extern "C" void hasten_block_attention(const Call* call) {
     const int64_t heads = c.H / w.group, tasks = c.B * heads * c.Tq * w.pieces;
 #pragma omp parallel num_threads(c.threads)
     {
-        Forward rows(w);
+        Few rows(w);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < tasks; i++) {
             const int64_t t = c.Tq - 1 - i / w.pieces % c.Tq, h = i / w.pieces / c.Tq % heads * w.group;

@@ -16,6 +16,10 @@ struct Forward : Rows {
     void run(int64_t t) {
         begin();
         walk(t, [&] { process(); }, [&] { return small(); });
+        end();
+    }
+
+    void end() {
         for (size_t r = 0; r < rows.size(); r++) finish(r, c.out + place_of(rows[r]) * c.e, c.lse + place_of(rows[r]));
     }
 

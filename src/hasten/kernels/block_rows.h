@@ -178,10 +178,12 @@ struct Rows {
         return !rows.empty();
     }
 
+    int64_t list_of(int64_t t) const { return ((b % c.lists_b) * c.lists_h + rows[0].head * c.lists_h / c.H) * c.Tq + t; }
+
     // Calls process() for each full tile of the list and end() after each block of an early-stopping one.
     template <class Process, class End>
     void walk(int64_t t, Process process, End end) {
-        const int64_t list = ((b % c.lists_b) * c.lists_h + rows[0].head * c.lists_h / c.H) * c.Tq + t;
+        const int64_t list = list_of(t);
         filled = pending = 0;
         auto flush = [&] {
             gather();
