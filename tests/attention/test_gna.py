@@ -5,12 +5,15 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import hasten
+import standins
 from conformance.attention import denoise, dit, vit
 from hasten.attention._gna_simulator import axis, best_tiles, simulate
 from hasten.attention.gna import GNA, gna, naive_gna, tile_order, tiled
 from hasten.core.errors import PlanError, UsageError
+from hasten.hosts import recognise
 from hasten.math.blocks import seen
 
 SMALL = {"window": 3, "tokens": 4}
@@ -124,7 +127,7 @@ def test_the_simulator_finds_the_best_of_all_shapes():
 def test_a_window_as_large_as_the_grid_is_dense_attention():
     q, k, v = inputs(25)
     out = gna(q, k, v, (4, 6), (9, 6), (1, 1), (1, 1), (False, False), 1)
-    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    wanted = F.scaled_dot_product_attention(q, k, v)
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -163,10 +166,55 @@ def test_it_trains_a_vision_transformer():
     run = hasten.training(model, optimizer, [(pixels, labels)] * 30, "attention/gna(window=3, tokens=9)", steps=30)
     losses = []
     for images, wanted in run:
-        loss = torch.nn.functional.cross_entropy(run.model(pixel_values=images).logits, wanted)
+        loss = F.cross_entropy(run.model(pixel_values=images).logits, wanted)
         run.backward(loss)
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2, losses
+
+
+def wan():
+    from diffusers import WanTransformer3DModel
+
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
+        text_dim=16, freq_dim=16, ffn_dim=32, num_layers=3, rope_max_seq_len=32,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    inputs = {"hidden_states": torch.randn(2, 4, 3, 8, 10, generator=generator), "timestep": torch.tensor([5, 9])}
+    return model, inputs | {"encoder_hidden_states": torch.randn(2, 5, 16, generator=generator)}, (3, 4, 5), 0
+
+
+def timm_vit():
+    transformer = standins.timm().models.VisionTransformer
+    model = transformer(
+        img_size=(16, 24), patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=7, reg_tokens=2
+    )
+    return model, {"x": torch.randn(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))}, (4, 6), 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [wan, timm_vit])
+def test_models_of_video_and_with_registers_equal_themselves_under_a_dense_mask(build):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, inputs, grid, prefix = build()
+    model.eval()
+    plain = model(**inputs)
+    handle = hasten.apply(model, "attention/gna(window=2, stride=2, tokens=4)")
+    found = model(**inputs)
+    assert handle.report["attention/gna"]["dense_calls"] == 0
+    handle.undo()
+    sides, tokens = [axis(length, 2, 2, 1, False) for length in grid], prefix + math.prod(grid)
+    mask = torch.ones(tokens, tokens, dtype=torch.bool)
+    for i, a in enumerate(itertools.product(*map(range, grid))):
+        for j, b in enumerate(itertools.product(*map(range, grid))):
+            mask[prefix + i, prefix + j] = all(side[x, y] for side, x, y in zip(sides, a, b, strict=True))
+    host = recognise(model)
+    for layer in range(3):
+        host.attend_with(layer, lambda call: F.scaled_dot_product_attention(call.query, call.key, call.value, mask))
+    wanted = model(**inputs)
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-5)
+    assert (plain[0] - found[0]).abs().max() > 1e-4
 
 
 def test_only_the_named_blocks_become_local():

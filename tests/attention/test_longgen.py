@@ -6,6 +6,7 @@ import torch
 import hasten
 from conformance.attention import decoder, tokens
 from hasten.attention.longgen import LongGen, full_layers, longgen, naive_longgen
+from hasten.hosts import recognise
 from hasten.math.blocks import seen
 
 SMALL = {"block": 4, "local": 2}
@@ -72,6 +73,20 @@ def test_decoding_from_the_truncated_cache_equals_the_pattern_over_the_whole_tex
         shown = mask[:, part].bool()
         torch.testing.assert_close(logits[shown], whole[:, part][shown], rtol=1e-4, atol=1e-5)
         start = end
+
+
+@torch.no_grad()
+def test_a_layer_without_attention_has_no_cache_and_the_others_keep_their_own():
+    model = decoder()
+    recognise(model).drop(0, "attention")
+    handle = hasten.apply(model, "attention/longgen(block=4, local=2)")
+    ids = tokens()[0]
+    whole = handle.model(ids, use_cache=False).logits
+    cache = handle.host.new_cache()
+    handle.model(ids[:, :30], past_key_values=cache)
+    logits = [handle.model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(30, 46)]
+    torch.testing.assert_close(torch.cat(logits, 1), whole[:, 30:], rtol=1e-4, atol=1e-5)
+    assert [layer.length for layer in cache.layers] == [46, 4 + 8 - 2]  # the middle one, and of the last one its window
 
 
 @torch.no_grad()

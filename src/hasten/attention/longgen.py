@@ -38,7 +38,7 @@ CARD = Card(
     claimed=1.55,
     identity={"full": 1.0},
     experiment=(
-        "stdlib-lm(task=generate, prompt=3840, new=64, examples=12)",
+        "stdlib-lm(task=generate, prompt=3840, new=64, examples=8)",
         "attention/longgen(local=4)",
     ),
     when="Finetuning to a longer context: cheaper steps, and a model whose cache is a third at the end.",

@@ -37,7 +37,7 @@ CARD = Card(
     claimed=25.3,
     identity={"local": 1000000},
     experiment=(
-        "stdlib-lm(task=generate, prompt=3840, new=64, examples=12)",
+        "stdlib-lm(task=generate, prompt=3840, new=64, examples=8)",
         "attention/s2(local=4, stride=3, dense_every=4)",
     ),
     when="Training from scratch or at length on thousands of tokens: time and cache shrink from the first step on.",
