@@ -16,6 +16,7 @@ from hasten.core.errors import PlanError
 from hasten.math.blocks import seen
 
 SMALL = {"length": 4, "stride": 2, "block": 4, "count": 4, "window": 6}
+ORDER = {"bfloat16": "tiles", "autocast": "keys", "checkpointing": "queries"}
 SIZES = {"length": 4, "stride": 2, "block": 4, "count": 4, "initial": 1, "local": 2, "window": 5}
 
 
@@ -120,6 +121,20 @@ def test_training_reaches_every_weight_of_its_own():
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.3
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in own.values())
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "autocast", "checkpointing"])
+def test_training_in_half_precision_and_with_checkpointing(mode):
+    model = decoder()
+    handle = apply(model.bfloat16() if mode == "bfloat16" else model, NSA(**SMALL, order=ORDER[mode]))
+    if mode == "checkpointing":
+        handle.model.activation_checkpointing_enable()
+    handle.model.train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        logits = handle.model(tokens()[0], use_cache=False).logits
+    logits.float().square().mean().backward()
+    grads = [p.grad for name, p in handle.model.named_parameters() if "self_attn" in name]
+    assert len(grads) == 36 and all(grad is not None and grad.isfinite().all() for grad in grads)
 
 
 @torch.no_grad()

@@ -107,3 +107,18 @@ def test_text_is_refused():
 def test_pure_function_at_the_paper_block_size():
     given = tensors(1, 1, 200, seed=6)
     torch.testing.assert_close(sla(*given), naive_sla(*given), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["bfloat16", "autocast", "checkpointing"])
+def test_training_in_half_precision_and_with_checkpointing(mode):
+    model = dit()
+    handle = apply(model.bfloat16() if mode == "bfloat16" else model, SLA(**SMALL))
+    if mode == "checkpointing":
+        handle.model.enable_gradient_checkpointing()
+    handle.model.train()
+    sample = torch.randn(2, 2, 12, 12, dtype=torch.bfloat16 if mode == "bfloat16" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        out = handle.model(sample, timestep=torch.tensor([5, 9]), class_labels=torch.tensor([1, 3])).sample
+    out.float().square().mean().backward()
+    grads = [p.grad for layer in handle.host.layers for p in layer.attention.parameters()]
+    assert len(grads) >= 24 and all(grad is not None and grad.isfinite().all() for grad in grads)

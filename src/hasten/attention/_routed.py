@@ -6,6 +6,9 @@ share keys are the rows of one small product, its keys gathered query by query. 
 is popular, whatever the number of heads per key, and every query's partial results are merged by the online softmax.
 `tiles`: neighbours choose alike, so small tiles of queries see all blocks that any of them chose, and a mask takes back
 what the single query did not; one pass of the native kernel (`kernels.block_attention`).
+
+Forward and backward on one core (2,048 tokens, 8 blocks of 64 each, dim 64, 4 heads in groups of 1, 2 and 4): 33, 26
+and 23 ms by tiles, 78, 71 and 63 by keys, 2,198, 1,319 and 526 by queries; dense attention takes 95 to 99.
 """
 
 import torch
@@ -85,7 +88,8 @@ def routed(
     q_r = (q.float() * scaling).reshape(batch * rows, group, nq, d).transpose(1, 2)  # [R, Nq, G, d]
     k_r, v_r = k.float().flatten(0, 1), v.float().flatten(0, 1)  # [R, Nk, d]
     run = _by_queries if order == "queries" else _ByKeys.apply
-    out, lse = run(q_r, k_r, v_r, table, shown, block, causal)
+    with torch.autocast(q.device.type, enabled=False):
+        out, lse = run(q_r, k_r, v_r, table, shown, block, causal)
     out = out.transpose(1, 2).reshape(batch, heads, nq, v.shape[-1])
     return out.to(q.dtype), lse.transpose(1, 2).reshape(batch, heads, nq)
 

@@ -110,7 +110,7 @@ def classify(
     q: Tensor, k: Tensor, critical: float, negligible: float, block: int
 ) -> tuple[Bool[Tensor, "b h tq tk"], Bool[Tensor, "b h tq tk"]]:
     """Which key blocks are critical and which marginal to each query block."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         scores = pool(q.float(), block) @ spread(pool(k.float(), block), q.shape[1]).transpose(-1, -2)
         tk = scores.shape[-1]
         first, last = shares(tk, critical, negligible)
@@ -131,12 +131,13 @@ def linear(
     def cut(x: Tensor) -> Tensor:  # [B, H, N, d] to [B, H, T, block, d]
         return F.pad(x, (0, 0, 0, -n % block)).unflatten(2, (-1, block))
 
-    keys = cut(phi(k.float()))
-    values = cut(F.pad(v.float(), (0, 1), value=1.0))  # the last column sums up the weights
-    parts = spread(keys.transpose(-1, -2) @ values, q.shape[1])  # [B, H, Tk, d, e + 1]
-    summed = (marginal.float() @ parts.flatten(-2)).unflatten(-1, parts.shape[-2:])  # [B, H, Tq, d, e + 1]
-    mixed = (cut(phi(q.float())) @ summed).flatten(2, 3)[:, :, :n]
-    return (mixed[..., :-1] / (mixed[..., -1:] + _TINY)).to(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):  # sums in float32
+        keys = cut(phi(k.float()))
+        values = cut(F.pad(v.float(), (0, 1), value=1.0))  # the last column sums up the weights
+        parts = spread(keys.transpose(-1, -2) @ values, q.shape[1])  # [B, H, Tk, d, e + 1]
+        summed = (marginal.float() @ parts.flatten(-2)).unflatten(-1, parts.shape[-2:])  # [B, H, Tq, d, e + 1]
+        mixed = (cut(phi(q.float())) @ summed).flatten(2, 3)[:, :, :n]
+        return (mixed[..., :-1] / (mixed[..., -1:] + _TINY)).to(q.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,7 +112,7 @@ def choose(
     """The blocks of each query; queries and keys in block order, the prefix last."""
     batch, heads, n, _ = q.shape
     inside = n - prefix
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         means = k[:, :, :inside].float().unflatten(2, (-1, block)).mean(3)  # [B, Hk, C, d]
         like = q[:, :, :inside].float() @ spread(means, heads).transpose(-1, -2)  # [B, H, n, C]
         low, high = like.flatten(2).aminmax(dim=-1, keepdim=True)
