@@ -6,7 +6,7 @@ import torch
 import hasten
 from conformance.attention import decoder
 from hasten.attention import _reading_cache
-from hasten.attention._reading import Chosen, Look, Reading, masked, mixed
+from hasten.attention._reading import Chosen, Look, masked, mixed
 from hasten.attention._reading_cache import ReadLayer
 from hasten.core.errors import UsageError
 
@@ -158,11 +158,53 @@ def test_masks_of_one_forward_hold_each_query_to_its_own_choice():
         torch.testing.assert_close(found[:, :, i : i + 1], mixed(look, choice))
 
 
-def test_what_it_refuses():
-    with pytest.raises(UsageError, match="left"):
-        handle, ids = applied(PLANS[0]), tokens(1, 20)
-        mask = torch.ones_like(ids)
-        mask[0, -3:] = 0
-        handle.model(ids, attention_mask=mask, past_key_values=handle.host.new_cache())
-    with pytest.raises(NotImplementedError):
-        Reading().select(None)
+@plans
+@pytest.mark.parametrize("ends", [[PROMPT, 41, 42], [PROMPT, 44], [PROMPT, 60]])
+def test_rows_with_holes_are_read_whole(plan, ends):
+    ids, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
+    mask[0, 30:38] = 0
+    found, _ = logits(applied(plan), ids, ends, mask)
+    wanted, _ = logits(hasten.apply(build(), ""), ids, ends, mask)
+    assert torch.equal(found[mask[:, : ends[-1]] == 1], wanted[mask[:, : ends[-1]] == 1])
+
+
+def test_models_that_it_refuses():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=31, sliding_window=8,
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="sliding"):
+        hasten.apply(MistralForCausalLM(config), PLANS[0])
+
+
+@plans
+def test_beside_dropped_layers_and_drafts(plan):
+    ids, calibration = tokens(1, PROMPT), [tokens(4, 30, seed=5)]
+    thin = f"prune/llm_drop(keep=0.7) + {plan}"
+    handle = hasten.apply(build(), thin, calibration=calibration)
+    plain = handle.model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert len(handle.host.cache_layers) == 2
+    drafted = hasten.apply(build(), f"{thin} + decode/speculative", calibration=calibration, draft=build(1.0))
+    assert torch.equal(drafted.model.generate(ids, max_new_tokens=8, do_sample=False), plain)
+
+
+@pytest.mark.parametrize("plan", PLANS[:2])
+@pytest.mark.parametrize("kind", ["GPT2", "Qwen2"])
+def test_other_decoders(plan, kind):
+    import transformers
+
+    shapes = {
+        "GPT2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
+        "Qwen2": {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+                  "num_key_value_heads": 1},
+    }  # fmt: skip
+    config = getattr(transformers, kind + "Config")(vocab_size=61, bos_token_id=1, eos_token_id=None, **shapes[kind])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    handle, ids = applied(plan, model), tokens(2, 52)
+    alone, _ = logits(handle, ids, one_by_one(52))
+    together, _ = logits(handle, ids, [PROMPT, 45, 52])
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
+    assert handle.report[plan.split("(")[0]]["read"] < 0.9

@@ -4,6 +4,7 @@ A method says which (`Reading.select`), for one query of one layer. Its state li
 remembers tensors of a layer until they are taken back by `crop`, `Look.shared` is shared by the layers of one forward.
 The prompt stays dense unless the method covers it (`Reading.prefill`). Tokens that come after the prompt are decoding
 steps, however many come in one forward: a chunk of drafted or scored tokens sees what it would have seen one by one.
+Forwards whose rows have holes (drafting for several rows at once) or another mask than causal order stay dense.
 """
 
 import dataclasses
@@ -171,12 +172,12 @@ class ReadingCache(WholeCache):
 
     def attend(self, layer: int, call: Call) -> Tensor | None:
         """Attention of a layer's new tokens, [batch, heads, new, dim], or None for dense."""
-        begin = self.opened(layer, call)
+        plain, begin = self.opened(layer, call), self.begin
         if layer == 0:
             self._shared = {}
         held, new = self.layers[layer], call.query.shape[2]
         prompt, start = int(self.prompt or 0), held.length - new
-        if not self.follows(call):
+        if not plain:
             self.tally.add(layer, 1.0)
             return None
         if start < prompt:

@@ -90,7 +90,8 @@ class WholeCache(Cache):
     def __init__(self, prompt: int | None = None) -> None:
         super().__init__(layers=[])
         self.prompt = prompt
-        self._begin: Tensor | None = None
+        self.begin: Tensor | None = None
+        self.plain = True
 
     @property
     def nbytes(self) -> int:
@@ -132,33 +133,29 @@ class WholeCache(Cache):
     ) -> None:  # fmt: skip
         self.layers[layer].unseen = False
 
-    def opened(self, layer: int, call: Call) -> Tensor | None:
-        """Notes that a layer was shown; returns the padding in front of each row, int64 [batch], or None.
+    def opened(self, layer: int, call: Call) -> bool:
+        """Notes that a layer was shown, and reads `begin` off the mask: each row's padding in front, int64 [batch] or None.
 
-        Raises:
-            UsageError: padding inside a row or at its end.
+        Returns:
+            Whether the mask is that and causal order, and nothing else: a tree of drafts, padding at a row's end and
+            holes inside a row are not, and such a forward stays dense.
         """
         held = self.layers[layer]
         held.unseen = False
         if self.prompt is None:
             self.prompt = held.seen
         if layer == 0:  # one mask for all layers of a forward
-            self._begin = None
-            if call.mask is not None and is_causal(call.mask):
+            self.begin, self.plain = None, call.mask is None or is_causal(call.mask)
+            if call.mask is not None and self.plain:
                 sees = call.mask[:, 0, -1]
                 sees = (sees if sees.dtype == torch.bool else sees > -1).expand(call.query.shape[0], -1)
-                if call.query.shape[2] > 1 and bool((sees[:, :-1] & ~sees[:, 1:]).any()):
-                    raise UsageError("choosing what is read needs padding on the left, not at a row's end or inside")
-                self._begin = sees.to(torch.uint8).argmax(dim=-1)
-        return self._begin
-
-    def follows(self, call: Call) -> bool:
-        """Whether the call's mask is plain causal with padding; a tree of drafts stays dense."""
-        return call.mask is None or is_causal(call.mask)
+                self.plain = not bool((sees[:, :-1] & ~sees[:, 1:]).any())
+                self.begin = sees.to(torch.uint8).argmax(dim=-1)
+        return self.plain
 
     def reset(self) -> None:
         super().reset()
-        self.prompt, self._begin = None, None
+        self.prompt, self.begin = None, None
 
 
 def taken(store: Tensor, rows: Tensor, sets: int) -> Tensor:

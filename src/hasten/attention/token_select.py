@@ -33,7 +33,10 @@ CARD = Card(
     claim="up to 23.84x faster attention and 2.28x lower latency end to end (Qwen2-7B, up to 1M tokens)",
     claimed=2.28,
     identity={"top": None},
-    experiment=("stdlib-lm(prompt=1536, new=256)", "attention/token_select(top=192, first=16, last=64, chunk=256)"),
+    experiment=(
+        "stdlib-lm(prompt=1536, new=256, examples=16)",
+        "attention/token_select(top=192, first=16, last=64, chunk=256)",
+    ),
     when="Long prompts and answers whose few relevant tokens are spread over the text.",
     when_not="Contexts of a few times first + top + last: a vote reads all keys, half of what attention reads.",
     hosts=("decoder",),
