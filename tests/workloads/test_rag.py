@@ -58,6 +58,14 @@ def test_every_arm_serves_and_is_judged(plan):
         assert abs(workload.quality(plain) - quality).max() < 1e-4
 
 
+def test_recall_of_needles_is_a_probability():
+    workload = hasten.workload(f"stdlib-rag({SMALL}, kind=needle)")
+    handle = hasten.apply(workload.trained(), "kv/ape")
+    assert workload.metric.better == "higher" and workload.serve(handle, workload.requests(0)[0]).shape == (1, 6)
+    quality = workload.quality(handle)
+    assert ((quality > 0) & (quality < 1)).all()
+
+
 def test_a_prefix_cache_changes_no_answer_and_saves_work(monkeypatch):
     workload = hasten.workload(f"stdlib-rag({SMALL}, between=prefix)")
     plain = hasten.workload(f"stdlib-rag({SMALL})")

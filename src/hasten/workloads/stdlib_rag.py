@@ -6,9 +6,10 @@ text that follows the last passage in its file; `both` takes turns. `needle` ask
 the passages gives to a key. The models are those of stdlib-lm: `long` was trained to find needles, while `target` makes
 little use of text that is far away, so that its quality shows little of what happens to passages.
 
-Quality is the mean loss of the true answer, after `warm` prompts that fill whatever the arm keeps between requests. An
-arm that stores contexts is given them apart; any other gets the whole prompt, with `between=prefix` behind the longest
-beginning that it shares with one of its latest prompts (an exact prefix cache).
+Quality is the mean loss of the true answer, for needles the mean probability of its bytes (recall), after `warm`
+prompts that fill whatever the arm keeps between requests. An arm that stores contexts is given them apart; any other
+gets the whole prompt, with `between=prefix` behind the longest beginning that it shares with one of its latest prompts
+(an exact prefix cache).
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ class StdlibRAG(Workload):
 
     @property
     def metric(self) -> Metric:
-        return Metric("bits per byte", "lower", "bit")
+        return language.RECALL if self.kind == "needle" else Metric("bits per byte", "lower", "bit")
 
     def problems(self) -> list[str]:
         found = []
@@ -129,20 +130,22 @@ class StdlibRAG(Workload):
     def quality(self, handle: Any) -> np.ndarray:
         asked = self.ask(self.warm + self.examples, 31)
         scored = asked[self.warm :]
-        if not hasattr(handle.host, "shelf"):
-            prompts = torch.stack([one.prompt for one in scored])
-            answers = torch.stack([one.answer for one in scored])
-            return language.continuation_loss(handle, prompts, answers, rows=4) * language.NATS_TO_BITS
-        handle.host.shelf.clear()
-        losses = []
-        for one in asked[: self.warm]:
-            handle.host.read(one.contexts, one.prefix)
+        stores, found = hasattr(handle.host, "shelf"), []
+        if stores:
+            handle.host.shelf.clear()
+            for one in asked[: self.warm]:
+                handle.host.read(one.contexts, one.prefix)
         for one in scored:
-            cache = handle.host.read(one.contexts, one.prefix)
             ids = torch.cat([one.question, one.answer[:-1]])[None]
-            logits = handle.model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float()
-            losses.append(nn.functional.cross_entropy(logits[-len(one.answer) :], one.answer))
-        return torch.stack(losses).double().cpu().numpy() * language.NATS_TO_BITS
+            if stores:
+                cache = handle.host.read(one.contexts, one.prefix)
+            else:
+                cache, ids = handle.host.new_cache(), torch.cat([one.prompt, one.answer[:-1]])[None]
+            given = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+            logits = handle.model(**given, logits_to_keep=len(one.answer)).logits[0].float()
+            right = logits.log_softmax(-1).gather(1, one.answer[:, None])
+            found.append(right.exp().mean() if self.kind == "needle" else -right.mean() * language.NATS_TO_BITS)
+        return torch.stack(found).double().cpu().numpy()
 
 
 @dataclasses.dataclass(frozen=True)
