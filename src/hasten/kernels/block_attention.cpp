@@ -15,7 +15,7 @@ struct Backward : Rows {
     Buffer g, q_strips, g_strips;  // do like q; q unscaled and do as right sides of products
     Buffer p, s, dq, part_k, part_v;  // [rows][LINE] twice, [rows][d], a gathered panel's sums [16][d], [16][e]
     std::vector<float> log, delta;
-    std::vector<const float*> from_q, from_g;
+    std::vector<const float*> from_g;
     float *dk = nullptr, *dv = nullptr;  // sums of this kv head, [keys as they lie][d], [keys][e]
     int64_t first_panel = 0;
 
@@ -25,17 +25,18 @@ struct Backward : Rows {
 
     void run(int64_t t) {
         const int64_t n = rows.size();
-        from_q.clear(), from_g.clear();
+        turn_queries();
+        from_g.clear();
         for (int64_t r = 0; r < n; r++) {
             const int64_t at = place_of(rows[r]);
             const float *grad = c.dout + at * c.e, *out = c.out + at * c.e;
-            from_q.push_back(query_row(rows[r])), from_g.push_back(grad);
-            put(grad, r, c.e, 1.f, g.floats());
+            from_g.push_back(grad);
             log[r] = c.lse[at] > -INF ? c.lse[at] * LOG2E : INF;  // a row that sees nothing has no probabilities
             float total = c.dlse && c.lse[at] > -INF ? -c.dlse[at] : 0.f;
             for (int64_t i = 0; i < c.e; i++) total += grad[i] * out[i];
             delta[r] = total;
         }
+        turn(from_g, c.e, 1.f, g);
         strips(from_q.data(), n, c.d, q_strips.floats()), strips(from_g.data(), n, c.e, g_strips.floats());
         memset(dq.floats(), 0, n * w.dp * 4);
         auto process = [&] {

@@ -15,6 +15,7 @@ struct Forward : Rows {
 
     void run(int64_t t) {
         begin();
+        turn_queries();
         walk(t, [&] { process(); }, [&] { return small(); });
         end();
     }

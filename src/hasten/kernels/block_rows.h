@@ -70,7 +70,7 @@ struct Work {
 
     Work(const Call& c, bool back)
         : c(c), back(back), ep(round_up(c.e, PANEL)), dp(round_up(c.d, PANEL)), group(heads_together(c)), pieces(parts(c)),
-          most(round_up((group * std::min(c.block_q, c.Nq) + pieces - 1) / pieces, GROUP)),
+          most(round_up((group * std::min(c.block_q, c.Nq) + pieces - 1) / pieces, PANEL)),
           per_block((c.block_k + PANEL - 1) / PANEL), panels(num_panels(c)), whole(worth(c)), kt(room(c, c.d)),
           v(back ? 0 : room(c, ep)), k(back ? room(c, dp) : 0), vt(back ? room(c, c.e) : 0) {
         if (whole) lay_out();
@@ -132,10 +132,11 @@ struct Rows {
     int32_t limit = 0;
     int64_t token[PANELS][PANEL], fine[PANELS][PANEL];
     int32_t place[PANELS][PANEL];
-    Buffer q, kt, v, k, vt, wide;
+    std::vector<const float*> from_q;
+    Buffer q, flat, kt, v, k, vt, wide;
 
     explicit Rows(const Work& w)
-        : w(w), c(w.c), q(w.most * c.d), kt(w.whole ? 0 : LINE * c.d), v(w.whole || w.back ? 0 : LINE * w.ep),
+        : w(w), c(w.c), q(w.most * c.d), flat(PANEL * std::max(c.d, c.e), true), kt(w.whole ? 0 : LINE * c.d), v(w.whole || w.back ? 0 : LINE * w.ep),
           k(!w.whole && w.back ? LINE * w.dp : 0), vt(!w.whole && w.back ? LINE * c.e : 0),
           wide(c.half ? PANEL * (c.d + c.e) : 0) {}
 
@@ -144,13 +145,26 @@ struct Rows {
     }
     int64_t place_of(const Row& row) const { return (b * c.H + row.head) * c.Nq + row.query; }  // in contiguous [B, H, Nq]
 
-    // Row r of n numbers to groups of rows [n][GROUP].
-    static void put(const float* from, int64_t r, int64_t n, float scale, float* to) {
-        to += r / GROUP * GROUP * n + r % GROUP;
-        for (int64_t i = 0; i < n; i++) to[i * GROUP] = from[i] * scale;
+    // Rows of n numbers to [n][16] for each 16 of them.
+    void turn(const std::vector<const float*>& from, int64_t n, float scale, const Buffer& to) const {
+        const float* sixteen[PANEL];
+        for (size_t first = 0; first < from.size(); first += PANEL) {
+            for (size_t r = 0; r < PANEL; r++) {
+                float* copy = flat.floats() + r * n;
+                sixteen[r] = copy;
+                if (first + r < from.size())
+                    for (int64_t i = 0; i < n; i++) copy[i] = from[first + r][i] * scale;
+            }
+            columns(sixteen, n, to.floats() + first * n);
+        }
+    }
+    void turn_queries() {
+        from_q.clear();
+        for (const Row& row : rows) from_q.push_back(query_row(row));
+        turn(from_q, c.d, (float)(c.scaling * LOG2E), q);
     }
     static const float* at_row(const Buffer& groups, int64_t r, int64_t n) {
-        return groups.floats() + r / GROUP * GROUP * n + r % GROUP;
+        return groups.floats() + r / PANEL * PANEL * n + r % PANEL;
     }
 
     // Rows of part `piece` of query block t for the heads from h on; false where there are none.
@@ -173,8 +187,6 @@ struct Rows {
             limit = std::max(limit, band.high);
             bands.push_back(band);
         }
-        const float scale = (float)(c.scaling * LOG2E);
-        for (size_t r = 0; r < rows.size(); r++) put(query_row(rows[r]), r, c.d, scale, q.floats());
         return !rows.empty();
     }
 
@@ -248,11 +260,11 @@ struct Rows {
         vfloat acc[R][N * SUB];
         for (int r = 0; r < R; r++)
             for (int j = 0; j < N * SUB; j++) acc[r][j] = vfloat{};
-        multiply<R, N, 1, GROUP, PANEL>(acc, a, x, y - x, length);
+        multiply<R, N, 1, PANEL, PANEL>(acc, a, x, y - x, length);
         for (int r = 0; r < R; r++)
             for (int j = 0; j < N * SUB; j++) store((j < SUB ? s : s2) + r * LINE + j % SUB * WIDTH, acc[r][j]);
     }
-    // Of all n panels that `slots` names: `kt` (or `vt`) of each, a: [length][8].
+    // Of all n panels that `slots` names: `kt` (or `vt`) of each, a: [length][16].
     template <int R>
     inline void all_scores(const float* a, const float* Panel::*side, int64_t length, const int* slots, int n, float* s) const {
         int i = 0;

@@ -37,6 +37,7 @@ struct Gather : Few {
         last = std::min(last, length);
         auto at = [&](int64_t i) { return start + (list ? list[i] : i); };
         if (rows.size() <= FEW) return span(first, last, 0, at);
+        turn_queries();
         filled = pending = 0;
         for (int64_t i = first; i < last; i++) {
             token[filled][pending] = at(i), place[filled][pending] = (int32_t)i;

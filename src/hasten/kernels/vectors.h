@@ -28,7 +28,7 @@ typedef float vfloat __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t vint __attribute__((vector_size(4 * WIDTH)));
 namespace {
 
-constexpr int PANEL = 16, SUB = PANEL / WIDTH, STRIP = PANEL * PAIR, GROUP = 8;
+constexpr int PANEL = 16, SUB = PANEL / WIDTH, STRIP = PANEL * PAIR;
 constexpr float INF = std::numeric_limits<float>::infinity(), LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
