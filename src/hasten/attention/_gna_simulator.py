@@ -111,12 +111,12 @@ def best_tiles(
     stride: Sizes,
     dilation: Sizes,
     causal: tuple[bool, ...],
-    tokens_q: int = 64,
-    tokens_k: int = 64,
+    tokens_q: int,
+    tokens_k: int,
 ) -> Simulation:
-    """The tile shapes of so many tokens with the fewest visited tiles, then the fewest masked ones.
+    """The best tile shapes of so many tokens, of all factorisations of `tokens_q` and `tokens_k`.
 
-    Sides are powers of two times what is left over: all factorisations of `tokens_q` and `tokens_k` are tried.
+    The best visit the fewest tiles, those with a mask counted twice: they take about twice the time.
     """
     sides = [-(-length // gap) for length, gap in zip(grid, dilation, strict=True)]
     tried = [
@@ -124,7 +124,7 @@ def best_tiles(
         for one in shapes(tokens_q, sides)
         for other in shapes(tokens_k, sides)
     ]
-    return min(tried, key=lambda found: (found.visited, found.masked, found.tile_q, found.tile_k))
+    return min(tried, key=lambda one: (one.visited + one.masked, one.visited, one.tile_q, one.tile_k))
 
 
 def shapes(tokens: int, sides: list[int]) -> list[Sizes]:

@@ -109,9 +109,15 @@ def gna(
     scaling: float | None = None,
 ) -> Float[Tensor, "b h n e"]:
     """As `naive_gna`, over tiles; differentiable."""
-    found = best_tiles(grid, window, stride, dilation, causal)
+    tokens = tile_tokens(q.device)
+    found = best_tiles(grid, window, stride, dilation, causal, tokens, tokens)
     blocks = tiled(grid, window, stride, dilation, causal, prefix, found.tile_q, found.tile_k).to(q.device)
     return attention(q, k, v, blocks, scaling=scaling, causal=False)
+
+
+def tile_tokens(device: torch.device) -> int:
+    """Tokens of a tile: few where a product of small matrices costs no more, many where tensor cores want them."""
+    return 16 if device.type == "cpu" else 64
 
 
 def tile_order(grid: Sizes, dilation: Sizes, tile: Sizes, prefix: int = 0) -> Int[Tensor, "n"]:
@@ -178,7 +184,12 @@ class GNA(SparseAttention):
     dilation: int | tuple[int, ...] = option(1, "distance of the tokens that a window takes", least=1)
     causal: bool | tuple[bool, ...] = option(False, "along which dimensions nothing later is seen")
     blocks: tuple[int, ...] | None = option(None, "the blocks whose attention is local; none is all", least=0)
-    tokens: int = option(64, "tokens of a tile; the simulator chooses its shape", least=1, most=1024)
+    tokens: int | None = option(
+        None,
+        "tokens of a tile, whose shape the simulator chooses; none is 16 on a CPU and 64 on a GPU",
+        least=1,
+        most=1024,
+    )
     tile_q: tuple[int, ...] = option((), "shape of the queries' tiles, instead of the simulator's", least=1)
     tile_k: tuple[int, ...] = option((), "shape of the keys' tiles, likewise", least=1)
 
@@ -209,12 +220,13 @@ class GNA(SparseAttention):
             raise UsageError(f"{self.name}: this model's tokens have {dims} dimensions, the options another number")
         return given  # type: ignore[return-value]
 
-    def simulation(self, grid: Sizes) -> Simulation:
+    def simulation(self, grid: Sizes, device: torch.device) -> Simulation:
         """The tiles on such a grid, and the bound of the speed-up."""
+        tokens = tile_tokens(device) if self.tokens is None else self.tokens
         pattern = self.pattern(len(grid))
         if self.tile_q:
             return simulate(grid, *pattern, self.tile_q, self.tile_k)
-        return best_tiles(grid, *pattern, self.tokens, self.tokens)
+        return best_tiles(grid, *pattern, tokens, tokens)
 
     def select(self, call: Call, kept: Kept) -> Blocks | None:
         if call.grid is None or call.causal:
@@ -226,14 +238,15 @@ class GNA(SparseAttention):
             return None
 
         def make() -> Blocks:
-            found = self.simulation(grid)
+            found = self.simulation(grid, device)
             return tiled(grid, *pattern, prefix, found.tile_q, found.tile_k).to(device)
 
         return kept.once((grid, prefix, device), make)
 
     def facts(self, call: Call, kept: Kept) -> dict[str, Any]:
         assert call.grid is not None
-        return {"tiles": kept.once(("tiles", call.grid), lambda: self.simulation(call.grid).as_dict())}
+        grid, device = call.grid, call.query.device
+        return {"tiles": kept.once(("tiles", grid), lambda: self.simulation(grid, device).as_dict())}
 
 
 def _each(one: Any, dims: int) -> tuple[Any, ...]:
