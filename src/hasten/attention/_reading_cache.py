@@ -134,7 +134,7 @@ class WholeCache(Cache):
         self.layers[layer].unseen = False
 
     def opened(self, layer: int, call: Call) -> bool:
-        """Notes that a layer was shown, and reads `begin` off the mask: each row's padding in front, int64 [batch] or None.
+        """Notes that a layer was shown; reads `begin` off the mask: padding before each row, int64 [batch] or None.
 
         Returns:
             Whether the mask is that and causal order, and nothing else: a tree of drafts, padding at a row's end and
