@@ -7,7 +7,7 @@ from transformers import DynamicCache
 import hasten
 from conformance.decode import noisy, ragged, target
 from conformance.kv import PROMPT, build
-from hasten.core.errors import PlanError
+from hasten.core.errors import PlanError, UsageError
 
 both = pytest.mark.parametrize("heads", ["false", "true"])
 
@@ -81,3 +81,10 @@ def test_a_pattern_for_the_prompt(heads):
 def test_two_caches_are_refused():
     with pytest.raises(PlanError, match=r"cache\.keep"):
         hasten.apply(build(), "kv/cake(keep=0.5) + kv/cake(keep=0.2)")
+
+
+def test_an_attention_that_decodes_with_the_whole_cache_is_refused():
+    model = build()
+    with pytest.raises(UsageError, match="whole cache"):
+        hasten.apply(model, "attention/nsa(length=4, stride=2, block=4, count=4, window=6) + kv/cake(keep=0.5)")
+    assert model.config._attn_implementation == "sdpa"

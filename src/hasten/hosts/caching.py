@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hasten.core.errors import UsageError
-from hasten.hosts.attention import take_over
+from hasten.hosts.attention import _ATTEND, take_over
 from hasten.hosts.base import Host
 
 Factory = Callable[[int | None], Any]
@@ -35,6 +35,19 @@ def check_caching(host: Host, name: str) -> None:
     if partial or getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None):
         kind = ", ".join(sorted(partial)) or "sliding windows"
         raise UsageError(f"{name} needs layers that see the whole text; {model} has others ({kind}) with small caches")
+
+
+def check_owners(host: Host, name: str) -> None:
+    """Raises UsageError where the attention of a layer was taken over by a method that reads the whole cache itself.
+
+    Raises:
+        UsageError: one that attends to single queries too (`decodes`), which would take stored keys for all keys.
+    """
+    for layer in host.layers:
+        owner = None if layer.attention is None else vars(layer.attention).get(_ATTEND)
+        method: Any = getattr(getattr(owner, "run", None), "method", None)
+        if getattr(method, "decodes", False):
+            raise UsageError(f"{method.name} decodes with the whole cache, of which {name} keeps a part: leave one out")
 
 
 def use_cache(host: Host, name: str, factory: Factory) -> None:

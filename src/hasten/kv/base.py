@@ -21,7 +21,7 @@ from hasten.core.errors import UsageError
 from hasten.core.options import Method, option
 from hasten.hosts.attention import Call, hand_over
 from hasten.hosts.base import Host
-from hasten.hosts.caching import use_cache
+from hasten.hosts.caching import check_owners, use_cache
 from hasten.hosts.context import Context
 from hasten.hosts.kept import KeptLayer, room_for
 from hasten.hosts.padding import Padding
@@ -280,10 +280,12 @@ def install(method: Eviction | _contexts.ContextReuse, host: Host, context: Cont
 
     Raises:
         UsageError: no transformers decoder, one whose layers already see only a part of the text (sliding or chunked
-            windows, recurrent states), an encoder-decoder, or an attention that can't be observed.
+            windows, recurrent states), an encoder-decoder, an attention that can't be observed, or one that was taken
+            over by a method which decodes with the whole cache.
     """
     if isinstance(method, _contexts.ContextReuse):
         return _contexts.install(method, host, context)
+    check_owners(host, method.name)
     use_cache(host, method.name, lambda prompt: KeptCache(method, len(host.cache_layers), prompt))
     return {}
 
