@@ -111,7 +111,7 @@ def figures(quick: bool) -> Iterator[Figure]:
         ("prefill_32k_sixteenth", 32768, 1 / 16, 60),
     ):
         yield figure(
-            name, lambda tokens=tokens, keep=keep, seconds=seconds: prefill(tokens, keep, seconds * times),  # type: ignore[misc]
+            name, lambda tokens=tokens, keep=keep, seconds=seconds: prefill(tokens, keep, seconds * times),
             unit="share", against="dense causal attention of torch, times the density; 4 heads of 64", goal=0.55,
         )  # fmt: skip
     yield figure(
