@@ -11,7 +11,8 @@ import hasten
 import standins
 from conformance.attention import denoise, dit, vit
 from hasten.attention._gna_simulator import axis, best_tiles, simulate
-from hasten.attention.gna import GNA, gna, naive_gna, tile_order, tiled
+from hasten.attention._gna_tiles import tile_order, tiled
+from hasten.attention.gna import GNA, gna, naive_gna
 from hasten.core.errors import PlanError, UsageError
 from hasten.hosts import recognise
 from hasten.math.blocks import seen

@@ -88,7 +88,8 @@ class Shards:
         starts = [keys - queries] if begin is None else [keys - queries - b for b in begin.tolist()]
         rows, columns = -(-queries // self.block), -(-keys // self.block)
         line = torch.arange(self.block, device=device)[:, None].expand(self.block, self.block)
-        chosen, which, masks = [], [], []
+        chosen, which = [], []
+        masks: list[Tensor] = []
         for start in starts:
             split = -start % self.block  # queries of each block that belong to the earlier row
             table = self.table(start // self.block, rows + 1, columns, device)
