@@ -38,7 +38,10 @@ CARD = Card(
     claimed=4.5,
     identity="none bit for bit: with one context, T = 1 and S = 1 only the order of the sums is another, because "
     "prefix, context and question go through the model one after the other",
-    experiment=("stdlib-rag", "kv/ape"),
+    experiment=(
+        "stdlib-rag(model=long, kind=needle, passages=8, passage=480, pool=16, examples=32)",
+        "kv/ape",
+    ),
     when="The same passages or examples are put before many questions, in changing order and number.",
     when_not="Passages that need each other to be understood, text that is used once, or answers that need the order.",
     hosts=("decoder",),
