@@ -143,6 +143,8 @@ class Routes(Blocks):
 
 @dataclasses.dataclass(frozen=True)
 class NSA(SparseAttention):
+    """The density in the report is that of the chosen blocks; the window and the compressed tokens come on top."""
+
     length: int = option(32, "tokens of a compression block", least=2)
     stride: int = option(16, "tokens from one compression block to the next", least=1)
     block: int = option(64, "tokens of a selection block", least=1)
