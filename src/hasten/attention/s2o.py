@@ -36,11 +36,11 @@ CARD = Card(
     claimed=3.81,
     identity={"stop": 0.0},
     experiment=(
-        "stdlib-lm(task=perplexity, prompt=3584, examples=8)",
-        "attention/s2o(segment=256, block=64, tile=64, stop=0.01)",
+        "stdlib-lm(task=perplexity, prompt=4000, examples=8)",
+        "attention/s2o(segment=256, tile=64, stop=0.1, queries=false)",
     ),
     when="Prompts of many thousand tokens whose attention is peaked, and where lost attention must stay bounded.",
-    when_not="Prompts of a few thousand tokens; training: stopping early has no gradient.",
+    when_not="Prompts of a few thousand tokens, where ranking and rounds cost as much as they save.",
     hosts=("decoder",),
 )
 
