@@ -189,6 +189,18 @@ def test_a_small_store_reads_again_and_stays_right():
     assert handle.report["kv/cache_craft"]["evicted"] > 0
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["kv/cache_craft(recompute=0.999)", "kv/ape(temperature=1.0, scale=1.0)"])
+def test_layers_without_attention_have_no_place_in_the_cache(method):
+    text, calibration = parts(), [{"input_ids": torch.randint(1, 61, (2, 20))}]
+    handle = hasten.api.apply(build(), f"prune/llm_drop(keep=0.7) + {method}", calibration=calibration)
+    found = question_logits(handle, ["third"])
+    assert len(handle.host.cache_layers) < 3
+    pieces = [text["prefix"], text["third"], text["question"]]
+    wanted = handle.model(torch.cat(pieces)[None], use_cache=False).logits[:, -len(text["question"]) :]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
 def test_angles_that_change_are_refused_before_anything_is_changed():
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -124,7 +124,7 @@ def _keys_at(host: Host, start: int) -> Tensor:
         model(input_ids=ids, position_ids=places, past_key_values=cache, use_cache=True)
     finally:
         model.train(training)
-    keys = [layer.keys[0] for layer in cache.layers if layer.is_initialized]
+    keys = [layer.keys[0] for layer in cache.layers if getattr(layer, "keys", None) is not None]
     if len({one.shape for one in keys}) > 1:
         raise UsageError(f"the layers of {type(model).__name__} store keys of different shapes, which is not supported")
     return torch.stack(keys)
