@@ -33,7 +33,7 @@ CARD = Card(
     claimed=1.9,
     identity={"keep": 1.0},
     needs=("calibration",),
-    experiment=("stdlib-lm(prompt=1536, new=256, examples=16)", "attention/double_sparsity(keep=0.125, channels=0.5)"),
+    experiment=("stdlib-lm(prompt=3584, new=256, examples=12)", "attention/double_sparsity(keep=0.125, channels=0.5)"),
     when="Long contexts of which each step needs a small, changing part; heads of 64 channels and more.",
     when_not="Short contexts; small heads, of which a sixteenth is too few channels; memory that is full already.",
     hosts=("decoder",),

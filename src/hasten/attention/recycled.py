@@ -31,7 +31,7 @@ CARD = Card(
     claim="1.35x faster generation at 32K tokens (1.27 s for 1.71 s, Llama-3.1-8B, K=4096, S=50), RULER 63 for 90",
     claimed=1.35,
     identity={"budget": None},
-    experiment=("stdlib-lm(prompt=1536, new=256, examples=16)", "attention/recycled(budget=512)"),
+    experiment=("stdlib-lm(prompt=3584, new=256, examples=12)", "attention/recycled(budget=512)"),
     when="Long prompts with answers of dozens of tokens and more, where neighbouring tokens look at the same places.",
     when_not="Short answers (the first step is a full one); retrieval of a new place with every token.",
     hosts=("decoder",),

@@ -34,8 +34,8 @@ CARD = Card(
     claimed=2.28,
     identity={"top": None},
     experiment=(
-        "stdlib-lm(prompt=1536, new=256, examples=16)",
-        "attention/token_select(top=192, first=16, last=64, chunk=256)",
+        "stdlib-lm(prompt=3584, new=256, examples=12)",
+        "attention/token_select(top=384, first=16, last=64, chunk=256)",
     ),
     when="Long prompts and answers whose few relevant tokens are spread over the text.",
     when_not="Contexts of a few times first + top + last: a vote reads all keys, half of what attention reads.",
