@@ -39,7 +39,7 @@ CARD = Card(
     identity="none bit for bit: with one context, T = 1 and S = 1 only the order of the sums is another, because "
     "prefix, context and question go through the model one after the other",
     experiment=(
-        "stdlib-rag(model=long, kind=needle, passages=8, passage=480, pool=16, examples=32)",
+        "stdlib-rag(model=long, kind=needle, passages=8, passage=480, pool=16, examples=64)",
         "kv/ape",
     ),
     when="The same passages or examples are put before many questions, in changing order and number.",
