@@ -208,3 +208,26 @@ def test_other_decoders(plan, kind):
     together, _ = logits(handle, ids, [PROMPT, 45, 52])
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-5)
     assert handle.report[plan.split("(")[0]]["read"] < 0.9
+
+
+@torch.no_grad()
+def test_a_sparse_prompt_and_a_sparse_reading_share_a_plan():
+    """One decides about the prompt, the other about the steps after it; a third that reads too is refused."""
+    import hasten
+    from conformance.attention import decoder, tokens
+    from hasten.core.errors import PlanError
+
+    ids = tokens()[0]
+    prompt, both = "attention/pbs_attn(block=4, segment=8, threshold=0.5)", {}
+    reading = "attention/delta(budget=16, recent=4, page=4, full=0, choose=[0])"
+    for plan in ("", prompt, reading, f"{prompt} + {reading}"):
+        handle = hasten.apply(decoder(), plan)
+        cache = handle.host.new_cache()
+        first = handle.model(ids[:, :40], past_key_values=cache).logits[:, -1]
+        rest = [handle.model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(40, 46)]
+        both[plan] = first, torch.stack(rest)
+    whole = both[f"{prompt} + {reading}"]
+    assert torch.equal(whole[0], both[prompt][0]) and not torch.equal(whole[0], both[""][0])
+    assert not torch.equal(whole[1], both[prompt][1]) and not torch.equal(whole[1], both[reading][1])
+    with pytest.raises(PlanError, match="cache.read"):
+        hasten.apply(decoder(), f"{reading} + attention/recycled")

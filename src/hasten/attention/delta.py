@@ -21,7 +21,7 @@ from hasten.kernels.top_rows import top_rows
 CARD = Card(
     title="DELTA: Dynamic Layer-Aware Token Attention for Efficient Long-Context Reasoning",
     paper="2510.09883",
-    seams=("attention.mask", "cache.keep"),
+    seams=("cache.read", "cache.keep"),
     effects=("time", "quality"),
     lossless=False,
     claim="1.54x faster decoding end to end, 4.25x fewer attended tokens at full accuracy (AIME, GPQA-Diamond)",

@@ -26,7 +26,7 @@ from hasten.kernels.top_rows import top_rows
 CARD = Card(
     title="Post-Training Sparse Attention with Double Sparsity",
     paper="2408.07092",
-    seams=("attention.mask", "cache.keep"),
+    seams=("cache.read", "cache.keep"),
     effects=("time", "memory", "quality"),
     lossless=False,
     claim="14.1x faster attention and 1.9x faster decoding end to end (Llama-2-7B, 1/16 of tokens and channels)",

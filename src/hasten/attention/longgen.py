@@ -31,7 +31,7 @@ from hasten.math.shapes import Float, Int
 CARD = Card(
     title="A Little Goes a Long Way: Efficient Long Context Training and Inference with Partial Contexts",
     paper="2410.01485",
-    seams=("attention.mask", "cache.keep"),
+    seams=("attention.mask", "cache.read", "cache.keep"),
     effects=("time", "memory", "quality"),
     lossless=False,
     claim="1.55x training at 128K tokens, 62% less cache, 1.67x prefill and 1.41x decoding (Llama-2 7B and 70B)",

@@ -36,7 +36,7 @@ from hasten.math.shapes import Float, Int
 CARD = Card(
     title="FSA: Flash Sparse Attention: An Alternative Efficient Implementation of Native Sparse Attention Kernel",
     paper="2508.18224",
-    seams=("attention.mask",),
+    seams=("attention.mask", "cache.read"),
     effects=("time", "quality"),
     lossless=False,
     claim="up to 1.25x (1.09x on average) end-to-end training over NSA's own kernel, groups of 1 to 8 heads per key",

@@ -25,7 +25,7 @@ from hasten.core.options import option
 CARD = Card(
     title="Recycled Attention: Efficient inference for long-context language models",
     paper="2411.05787",
-    seams=("attention.mask", "cache.keep"),
+    seams=("cache.read", "cache.keep"),
     effects=("time", "quality"),
     lossless=False,
     claim="1.35x faster generation at 32K tokens (1.27 s for 1.71 s, Llama-3.1-8B, K=4096, S=50), RULER 63 for 90",

@@ -30,7 +30,7 @@ from hasten.math.shapes import Float, Int
 CARD = Card(
     title="S2-Attention: Hardware-Aware Context Sharding Among Attention Heads",
     paper="2407.17678",
-    seams=("attention.mask", "cache.keep"),
+    seams=("attention.mask", "cache.read", "cache.keep"),
     effects=("time", "memory", "quality"),
     lossless=False,
     claim="25.3x attention over FlashAttention-2, 6x training time and 10x inference latency (7B, 128K tokens, A100)",

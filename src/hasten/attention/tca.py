@@ -37,7 +37,7 @@ from hasten.math.shapes import Bool, Float, Int
 CARD = Card(
     title="Training-free Context-adaptive Attention for Efficient Long Context Modeling",
     paper="2512.09238",
-    seams=("attention.mask", "cache.keep"),
+    seams=("attention.mask", "cache.read", "cache.keep"),
     effects=("time", "memory", "quality"),
     lossless=False,
     claim="2.8x speed of prefilling and 61% less KV cache at 128K tokens (Llama-3.1-8B, Qwen2.5-7B)",

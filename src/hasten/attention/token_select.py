@@ -27,7 +27,7 @@ CARD = Card(
         "KV Cache Selection"
     ),
     paper="2411.02886",
-    seams=("attention.mask", "cache.keep"),
+    seams=("attention.mask", "cache.read", "cache.keep"),
     effects=("time", "quality"),
     lossless=False,
     claim="up to 23.84x faster attention and 2.28x lower latency end to end (Qwen2-7B, up to 1M tokens)",

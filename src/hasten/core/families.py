@@ -31,6 +31,7 @@ SEAMS: dict[str, str] = {
     "linear.weight": "how a linear layer stores and multiplies its weight",
     "tokens.keep": "which tokens pass from block to block",
     "attention.mask": "which keys a query sees",
+    "cache.read": "which keys and values of the cache a decoding step reads",
     "cache.keep": "which keys and values the cache keeps",
     "denoiser.call": "whether the denoiser runs or its output is predicted",
     "denoiser.block": "whether a block of the denoiser runs",
