@@ -36,8 +36,8 @@ CARD = Card(
     claimed=3.81,
     identity={"stop": 0.0},
     experiment=(
-        "stdlib-lm(task=perplexity, prompt=4000, examples=8)",
-        "attention/s2o(segment=256, tile=64, stop=0.1, queries=false)",
+        "stdlib-lm(model=long, task=needle, prompt=8192, examples=16)",
+        "attention/s2o(segment=128, tile=64, stop=0.01)",
     ),
     when="Prompts of many thousand tokens whose attention is peaked, and where lost attention must stay bounded.",
     when_not="Prompts of a few thousand tokens, where ranking and rounds cost as much as they save.",
