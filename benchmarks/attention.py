@@ -2,18 +2,16 @@
 
 Ideal is the time of dense causal attention times the density of the chosen blocks; choosing them is not timed. A share
 above 1 says that the sparse kernel computes a pair of a query and a key faster than the dense one does.
-Files `_attention_*.py` beside this one add figures of single methods.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hasten.bench.figures import Figure, Reading, figure, load, race
+from hasten.bench.figures import Figure, Reading, figure, race
 from hasten.core.errors import HastenError
 from hasten.kernels.block_attention import attention, path
 from hasten.kernels.gather_attention import gather_attention
@@ -125,5 +123,3 @@ def figures(quick: bool) -> Iterator[Figure]:
         lambda: decode(32768, 20 * times),
         against="torch's attention of one query, 8 heads on 2 of 128, 32768 tokens",
     )
-    for file in sorted(pathlib.Path(__file__).parent.glob("_attention_*.py")):
-        yield from load(file)(quick)

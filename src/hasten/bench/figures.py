@@ -6,6 +6,7 @@ A file `benchmarks/FAMILY.py` is a family by existing. It defines
         yield figure("gemv", lambda: race(theirs, ours, seconds=20), against="a peer", goal=1.5)
 
 and `out/bench/FAMILY.json` is written anew after each figure: whatever interrupts the run, what was measured stays.
+Files `_FAMILY_*.py` beside it add figures to the same family.
 A peer that pins other versions runs in an environment and a process of its own (`PeerWorker`).
 """
 
@@ -34,7 +35,7 @@ from hasten.core.errors import HastenError, UsageError, nearest
 
 __all__ = ["Figure", "PeerWorker", "Reading", "figure", "main", "peer_python", "race", "served", "spread"]
 
-QUICK_SECONDS = 540.0  # for all figures of a family; one that has begun is finished
+QUICK_SECONDS = 540.0  # for all figures of a file; one that has begun is finished
 LOSSLESS_REQUESTS = 4
 
 _ends: contextvars.ContextVar[float] = contextvars.ContextVar("_ends", default=math.inf)
@@ -290,18 +291,21 @@ def run(folder: pathlib.Path, names: Sequence[str], out: pathlib.Path, *, quick:
         for name in names or known:
             say(name)
             record = Record(out / f"{name}.json")
-            token = _ends.set(time.monotonic() + QUICK_SECONDS if quick else math.inf)
-            try:
-                for one in load(known[name])(quick):
-                    record.add(one)
-                    shown.append((name, one))
-                    say(f"    {spell(one)} ({one.seconds:.0f} s)")
+            parts, whole = [known[name], *sorted(folder.glob(f"_{name}_*.py"))], True
+            for part in parts:
+                token = _ends.set(time.monotonic() + QUICK_SECONDS if quick else math.inf)
+                try:
+                    for one in load(part)(quick):
+                        record.add(one)
+                        shown.append((name, one))
+                        say(f"    {spell(one)} ({one.seconds:.0f} s)")
+                except Exception as error:
+                    say(f"  {part.stem} stopped: {type(error).__name__}: {error}")
+                    code, whole = 1, False
+                finally:
+                    _ends.reset(token)
+            if whole:
                 record.finish()
-            except Exception as error:
-                say(f"  {name} stopped: {type(error).__name__}: {error}")
-                code = 1
-            finally:
-                _ends.reset(token)
     except KeyboardInterrupt:
         say(f"interrupted; what is finished is in {out}")
         code = 130

@@ -150,19 +150,19 @@ def cache_bytes(keep: float) -> Reading:
 def figures(quick: bool) -> Iterator[Figure]:
     count, best = 12 if quick else 48, "the best of kvpress's SnapKV, AdaKV and PyramidKV"
     for keep in KEEPS[1:] if quick else KEEPS:
-        name = f"{keep:g}".replace("0.", "")
+        name = "" if keep == 0.25 else "_" + f"{keep:g}".replace("0.", "")
         yield figure(
-            f"kvpress_quality_{name}", lambda keep=keep: beside("target", keep, continuations(count), bits, -1),
+            f"kvpress_quality{name}", lambda keep=keep: beside("target", keep, continuations(count), bits, -1),
             unit="bits over bits", against=best, goal=1.0, better="lower",
         )  # fmt: skip
         yield figure(
-            f"kvpress_recall_{name}", lambda keep=keep: beside("long", keep, codes(2 * count, 1024), recall, 1),
+            f"kvpress_recall{name}", lambda keep=keep: beside("long", keep, codes(2 * count, 1024), recall, 1),
             unit="recall over recall", against=best, goal=1.0,
         )  # fmt: skip
     seconds = 40 if quick else 180
     for kind in KINDS[:2]:
         yield figure(
-            f"kvpress_time_{kind}", lambda kind=kind: decode(kind, 0.25, PROMPT, NEW, seconds),
+            "kvpress_time" if kind == "snapkv" else f"kvpress_time_{kind}", lambda kind=kind: decode(kind, 0.25, PROMPT, NEW, seconds),
             against=f"kvpress's {kind}, prompt of {PROMPT}, {NEW} tokens", goal=1.0,
         )  # fmt: skip
     yield figure(
