@@ -60,6 +60,7 @@ class SparseAttention(Method):
     """Base of methods that choose key blocks for prompts and in training."""
 
     decodes = False  # whether `select` is asked for single queries too; else they see the whole cache
+    from_first = False  # whether a whole prompt's rows come without the padding in front, put behind them instead
 
     @property
     def idle(self) -> bool:
@@ -210,19 +211,37 @@ class _Attention:
         if kept.module is not None:  # a copy of the model has weights of its own
             kept = dataclasses.replace(kept, module=getattr(call.module, EXTRA))
         call = trimmed(call)
-        blocks = method.select(call, kept)
+        begin = call.range()[0] if method.from_first and not call.past else None
+        moved = call if begin is None or not bool(begin.any()) else to_the_left(call)
+        blocks = method.select(moved, kept)
         if blocks is None:
             self.note(self.tally.add(None))
             return call.dense()
-        self.note(self.tally.add(_density(blocks, call, kept)) | method.facts(call, kept))
-        return method.mix(call, blocks, kept)
+        self.note(self.tally.add(_density(blocks, moved, kept)) | method.facts(moved, kept))
+        output = method.mix(moved, blocks, kept)
+        return output if moved is call else turned(output, -begin)
+
+
+def to_the_left(call: Call) -> Call:
+    """A whole prompt with each row's padding put behind its tokens, so that blocks count from the first token."""
+    begin, end = call.range()
+    assert begin is not None and end is not None
+    query, key, value = (turned(x, begin) for x in (call.query, call.key, call.value))
+    return dataclasses.replace(call, query=query, key=key, value=value, ends=(torch.zeros_like(begin), end - begin))
+
+
+def turned(x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """Rows [B, H, N, d], each turned to the left by so many places, int64 [B]."""
+    place = (torch.arange(x.shape[2], device=x.device) + by.to(x.device)[:, None]) % x.shape[2]
+    return x.gather(2, place[:, None, :, None].expand_as(x))
 
 
 def _density(blocks: Blocks, call: Call, kept: Kept) -> float:
-    """A number that costs little: looked up by identity where the pattern is remembered."""
-    key = ("density", id(blocks))
+    """A number that costs little: noted with the blocks where the pattern is remembered."""
     if any(value is blocks for value in kept.memo.values()):
-        return kept.once(key, lambda: blocks.density(call.query.shape[2], call.key.shape[2], call.causal))
+        if "_density" not in vars(blocks):
+            vars(blocks)["_density"] = blocks.density(call.query.shape[2], call.key.shape[2], call.causal)
+        return vars(blocks)["_density"]
     pairs = blocks.counts.sum(dtype=torch.float64) * blocks.block_q * blocks.block_k
     lists = blocks.counts.shape[0] * blocks.counts.shape[1]
     queries, keys = call.query.shape[2], call.key.shape[2]

@@ -37,6 +37,7 @@ class Call:
         grid: of vision models, the patch tokens' grid (rows, columns) or (frames, rows, columns), else None.
         prefix: class and register tokens before the patches.
         inner: computes the dense output [B, H, Nq, e]; SDPA where None.
+        ends: what `range` is to say, where somebody knows better than the mask.
     """
 
     module: nn.Module
@@ -52,6 +53,7 @@ class Call:
     grid: tuple[int, ...] | None = None
     prefix: int = 0
     inner: Callable[[], torch.Tensor] | None = None
+    ends: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def past(self) -> int:
@@ -66,6 +68,8 @@ class Call:
         """
         if self.further.get("position_bias") is not None:
             raise UsageError(f"{type(self.module).__name__} adds a bias per position: sparse attention can't follow it")
+        if self.ends is not None:
+            return self.ends
         if self.mask is None:
             return None, None
         if self.causal and self.query.shape[2] > 1 and not is_causal(self.mask):
