@@ -161,8 +161,9 @@ def figures(quick: bool) -> Iterator[Figure]:
         )  # fmt: skip
     seconds = 40 if quick else 180
     for kind in KINDS[:2]:
+        name = "kvpress_time" if kind == "snapkv" else f"kvpress_time_{kind}"
         yield figure(
-            "kvpress_time" if kind == "snapkv" else f"kvpress_time_{kind}", lambda kind=kind: decode(kind, 0.25, PROMPT, NEW, seconds),
+            name, lambda kind=kind: decode(kind, 0.25, PROMPT, NEW, seconds),
             against=f"kvpress's {kind}, prompt of {PROMPT}, {NEW} tokens", goal=1.0,
         )  # fmt: skip
     yield figure(
