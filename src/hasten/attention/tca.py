@@ -45,7 +45,7 @@ CARD = Card(
     identity={"error": 0.0},
     experiment=(
         "stdlib-lm(model=long, task=needle, prompt=8192, examples=16)",
-        "attention/tca(window=128, error=0.03)",
+        "attention/tca(window=128, error=0.02)",
     ),
     when="Long prompts whose answer hangs on few tokens, where both prefilling and the cache are too large.",
     when_not="Prompts of a few windows; prompts that are questioned anew after their end, since their last query alone "
