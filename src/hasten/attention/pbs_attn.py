@@ -12,7 +12,8 @@ The kernel permutes while it packs its tiles, and nothing is permuted back.
 
 Departures: one order for the query heads that share a key (by their mean a); the authors repeat the keys instead. The
 authors' code leaves queries in their order, and so do we; `queries=true` sorts those of a segment by q sum_j a_j k_j.
-Blocks in which a query block sees nothing are left out. Padding is in no mean. Later chunks of a prompt work too.
+Blocks in which a query block sees nothing are left out. Padding is in no mean, and blocks of a whole prompt count from
+a row's first token; in later chunks of a prompt from the first column.
 """
 
 import dataclasses
@@ -68,10 +69,11 @@ def naive_pbs_attn(
     for b in range(batch):
         lo, hi = (0 if begin is None else int(begin[b])), (nk if end is None else int(end[b]))
         for g in range(hk):
-            keys, worth, whole = k[b, g].float(), torch.zeros(nk), nk // segment * segment
+            keys, worth, whole = k[b, g].float(), torch.zeros(nk), hi // segment * segment
+            after = min(nq, max(0, hi - past))  # behind the last real query
             for h in range(g * group, (g + 1) * group):
-                for i in range(max(0, nq - block), nq):
-                    worth[lo : min(hi, whole)] += (keys[lo : min(hi, whole)] @ q[b, h, i].float() * scaling).softmax(0)
+                for i in range(max(0, after - block), after):
+                    worth[lo:whole] += (keys[lo:whole] @ q[b, h, i].float() * scaling).softmax(0)
             order = []
             for s in range(0, nk, segment):
                 places = list(range(s, min(s + segment, nk)))
@@ -81,9 +83,10 @@ def naive_pbs_attn(
             for h in range(g * group, (g + 1) * group):
                 order_q = list(range(nq))
                 if queries:
-                    order_q = sorted(
-                        order_q, key=lambda i: ((i + past) // segment, -float(q[b, h, i].float() @ wanted))
-                    )
+                    along = [
+                        -float(q[b, h, i].float() @ wanted) if lo <= i + past < hi else torch.inf for i in range(nq)
+                    ]
+                    order_q = sorted(order_q, key=lambda i: ((i + past) // segment, along[i]))
                 q_order[b, h] = torch.tensor(order_q)
                 for t in range(tq):
                     rows = order_q[t * block : (t + 1) * block]
@@ -118,12 +121,16 @@ def pbs_attn(
     scaling, past = dim**-0.5 if scaling is None else scaling, nk - nq
     shown = in_range(nk, begin, end, device)
     place = torch.arange(nk, device=device)
-    worth = importance(q[:, :, -block:], k[:, :, : nk // segment * segment], scaling, shown)  # [B, Hk, whole]
+    judges, real = last_queries(q, block, past, end)
+    in_segments = shown if end is None else in_range(nk, begin, end // segment * segment, device)
+    worth = importance(judges, k[:, :, : nk // segment * segment], scaling, in_segments, real)  # [B, Hk, whole]
     k_order = within_segments(worth, segment, nk)
     at_q, q_order = place[past:][None, None], place[:nq].expand(batch, heads, nq)
     if queries:
         wanted = (worth[:, :, None] @ k[:, :, : worth.shape[2]].float()).squeeze(2)  # [B, Hk, d]
         along = (q.float() @ spread(wanted, heads)[..., None]).squeeze(-1)
+        if shown is not None:
+            along = along.masked_fill(~shown[:, None, past:], -torch.inf)
         q_order = along.sort(dim=-1, descending=True, stable=True).indices
         q_order = q_order.gather(-1, ((q_order + past) // segment).sort(dim=-1, stable=True).indices)
         at_q = q_order + past
@@ -144,14 +151,28 @@ def pbs_attn(
     return q_order, k_order, chosen | (visible & (~earlier | spread(holds, heads)[:, :, None]))
 
 
-def importance(q: Tensor, k: Tensor, scaling: float, shown: Tensor | None) -> Tensor:
-    """What the queries [B, H, n, d] give each key [B, Hk, N, d] on average: float32 [B, Hk, N]."""
+def last_queries(q: Tensor, block: int, past: int, end: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The last `block` real queries of each row, [B, H, n, d], and which of them there are, bool [B, n] (None: all)."""
+    n = min(block, q.shape[2])
+    if end is None:
+        return q[:, :, -n:], None
+    after = (end.to(q.device) - past).clamp(0, q.shape[2])  # place behind a row's last real query
+    place = after[:, None] - n + torch.arange(n, device=q.device)
+    rows = place.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    return q.gather(2, rows), place >= 0
+
+
+def importance(q: Tensor, k: Tensor, scaling: float, shown: Tensor | None, real: Tensor | None = None) -> Tensor:
+    """What the real ones of the queries [B, H, n, d] give each key [B, Hk, N, d] on average: float32 [B, Hk, N]."""
     batch, heads, n, dim = q.shape
     rows = q.float().reshape(batch, k.shape[1], heads // k.shape[1] * n, dim) * scaling
     scores = rows @ k.float().mT
     if shown is None:
         return scores.softmax(-1).mean(2)
-    return scores.masked_fill(~shown[:, None, None, : k.shape[2]], -torch.inf).softmax(-1).nan_to_num(0.0).mean(2)
+    weights = scores.masked_fill_(~shown[:, None, None, : k.shape[2]], -torch.inf).softmax(-1).nan_to_num_(0.0)
+    if real is not None:
+        weights = weights * real.repeat(1, rows.shape[2] // n)[:, None, :, None]
+    return weights.mean(2)
 
 
 def within_segments(worth: Tensor, segment: int, length: int) -> Tensor:
@@ -200,6 +221,8 @@ class PBSAttn(SparseAttention):
     segment: int = option(256, "tokens among which keys change places, a multiple of block", least=1)
     threshold: float = option(0.9, "share of the pooled attention that the chosen blocks hold", above=0, most=1)
     queries: bool = option(False, "sort queries within segments too, by what the last queries look for")
+
+    from_first = True
 
     def problems(self) -> list[str]:
         if self.segment % self.block:

@@ -10,7 +10,7 @@ order, as indices: nothing is moved in memory. A block of queries stops when one
 Departures: the rule is tried after 1, 2, 4, 8, ... tiles with the mean gain of the new ones, so that a few calls of the
 kernel do (a block may read up to twice the tiles that it needs). The authors' code is not public and the paper's text
 was not at hand: g and the defaults of S, B and tau are ours. Ranks on a CPU come from scores of 16 bits, which a radix
-sort orders; segments are counted from the start of a chunk.
+sort orders. Segments count from a row's first token, of later chunks of a prompt from their start.
 """
 
 import dataclasses
@@ -229,6 +229,8 @@ class S2O(SparseAttention):
         0.01, "stop once a tile adds less than this share of what was seen, for every query", least=0, below=1
     )
     queries: bool = option(True, "sort a segment's queries by the guide vector, so that those of a block stop alike")
+
+    from_first = True
 
     def problems(self) -> list[str]:
         if self.segment % self.block:
