@@ -148,7 +148,7 @@ def cache_bytes(keep: float) -> Reading:
 
 
 def figures(quick: bool) -> Iterator[Figure]:
-    count, best = 12 if quick else 48, "the best of kvpress's SnapKV, AdaKV and PyramidKV"
+    count, best = 32 if quick else 96, "the best of kvpress's SnapKV, AdaKV and PyramidKV"
     for keep in KEEPS[1:] if quick else KEEPS:
         name = "" if keep == 0.25 else "_" + f"{keep:g}".replace("0.", "")
         yield figure(

@@ -171,6 +171,5 @@ def figures(quick: bool) -> Iterator[Figure]:
     yield speed("decode_4k_quarter", "dynamic", "quarter", 4096)
     yield speed("decode_4k_quarter_over_preallocated", "whole", "quarter", 4096)
     yield size("prompt_peak_4k_quarter", partial(prompt_bytes, PLANS["quarter"], 4096), 4096)
-    if not quick:
-        yield speed("decode_32k_quarter", "dynamic", "quarter", 32768)
-        yield speed("decode_32k_quarter_over_preallocated", "whole", "quarter", 32768)
+    yield speed("decode_32k_quarter", "dynamic", "quarter", 32768)
+    yield speed("decode_32k_quarter_over_preallocated", "whole", "quarter", 32768)
