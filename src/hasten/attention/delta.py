@@ -27,7 +27,7 @@ CARD = Card(
     claim="1.54x faster decoding end to end, 4.25x fewer attended tokens at full accuracy (AIME, GPQA-Diamond)",
     claimed=1.54,
     identity={"budget": None},
-    experiment=("stdlib-lm(prompt=3584, new=256, examples=12)", "attention/delta(budget=512, choose=[4, 8])"),
+    experiment=("stdlib-lm(prompt=3584, new=256, examples=32)", "attention/delta(budget=512, choose=[4, 8])"),
     when="Long generations of deep models, where each new token reads a cache of many thousand tokens.",
     when_not="Contexts of a few budgets or shallow models: the layers that read everything are most of the time then.",
     hosts=("decoder",),

@@ -34,7 +34,7 @@ CARD = Card(
     claimed=2.28,
     identity={"top": None},
     experiment=(
-        "stdlib-lm(prompt=3584, new=256, examples=12)",
+        "stdlib-lm(prompt=3584, new=256, examples=16)",
         "attention/token_select(top=384, first=16, last=64, chunk=256)",
     ),
     when="Long prompts and answers whose few relevant tokens are spread over the text.",
