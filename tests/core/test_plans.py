@@ -140,3 +140,10 @@ def test_a_method_can_take_a_method():
     assert Wrapper(inner="kv/cake(keep=0.5)").inner == nested
     with pytest.raises(PlanError):
         Wrapper(inner=3)
+
+
+def test_a_name_cut_short_is_completed_in_the_hint():
+    with pytest.raises(UsageError, match="did you mean 'attention/pbs_attn'"):
+        Plan.parse("attention/pbs").check()
+    with pytest.raises(UsageError, match="did you mean 'gptq'"):
+        Plan.parse("gpt").check()

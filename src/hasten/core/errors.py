@@ -39,6 +39,8 @@ class PlanError(UsageError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known word that is nearest, or an empty string."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """`; did you mean 'x'?` for the known word that begins so, else the one that is nearest, or an empty string."""
+    words = list(known)
+    begun = sorted((one for one in words if len(word) > 1 and one.startswith(word)), key=len)
+    found = begun or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
