@@ -32,7 +32,7 @@ def paper(card: Any) -> str:
 def speed(line: dict[str, Any]) -> str:
     if line["simulated"]:
         return "simulated"
-    if line["low"] is None:
+    if line["low"] is None or line["measured"] is None:
         return "-"
     high = "" if line["high"] is None else f" to {line['high']:.2f}"
     return f"{line['measured']:.2f}x ({line['low']:.2f}{high})"
