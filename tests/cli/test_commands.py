@@ -125,3 +125,11 @@ def test_train_under_torchrun(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "b/result.json").read_text())["step"] == 10
+
+
+def test_evidence_without_an_interval_is_spelled():
+    from hasten.cli.catalogue import spell_evidence
+
+    line = {"measured": None, "low": 0.0, "high": None, "clock": "wall", "verdict": "undecided", "plan": "a/b",
+            "quality_verdict": "held", "workload": "w", "machine": {"cpu": "C"}}  # fmt: skip
+    assert spell_evidence(line) == "undecided; quality held; a/b on w, C"

@@ -72,7 +72,7 @@ def show_command(method: str, as_json: bool) -> int:
 
 def spell_evidence(line: dict[str, Any]) -> str:
     """One evidence line as a sentence."""
-    if line.get("low") is None:
+    if any(line.get(end) is None for end in ("measured", "low", "high")):  # the budget ended before an interval did
         speed = line.get("verdict", "-")
     else:
         speed = f"{line['measured']:.2f}x ({line['low']:.2f} to {line['high']:.2f}, {line['clock']}): {line['verdict']}"
