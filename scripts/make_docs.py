@@ -118,7 +118,7 @@ def results() -> str:
         "|---|---|---|---|---|---|",
     ]
     for method in names.method_files():
-        for line in evidence.latest(method):
+        for line in evidence.latest(method)[-1:]:
             claimed = f"{line['claimed']:.2f}x" if line["claimed"] else "no figure"
             rows.append(
                 f"| [`{line['plan']}`](docs/methods/{method}.md) | `{line['workload']}` | {claimed} | {speed(line)} "
@@ -132,7 +132,7 @@ def results() -> str:
         }
     )
     return "\n".join(
-        [*rows, "", f"Measured on {'; '.join(machines)}. Each row is a line of `evidence/`." if machines else ""]
+        [*rows, "", f"Measured on {'; '.join(machines)}. A row is the newest line of `evidence/` for a method; its page has them all." if machines else ""]
     )
 
 
