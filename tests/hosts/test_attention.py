@@ -115,3 +115,22 @@ def test_gpt2_keeps_its_logits():
     assert torch.equal(model(ids).logits, before)
     host.changes.undo()
     assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_the_padding_is_read_once_a_forward_and_anew_in_the_next(monkeypatch):
+    """All layers share a forward's mask; a later forward with other padding has its own range."""
+    from hasten.hosts.attention import Call
+
+    read, ranges = Call._read, []
+    monkeypatch.setattr(Call, "_read", lambda self, mask: ranges.append(read(self, mask)) or ranges[-1])
+    model = llama()
+    host = recognise(model)
+    for layer in range(2):
+        host.attend_with(layer, lambda call: (call.range(), call.range(), call.dense())[2])
+    ids = torch.randint(1, 53, (2, 11))
+    for padding in (4, 6):
+        mask = torch.ones_like(ids)
+        mask[1, :padding] = 0
+        model(ids, attention_mask=mask, use_cache=False)
+        assert ranges.pop()[0].tolist() == [0, padding] and not ranges

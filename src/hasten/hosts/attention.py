@@ -21,6 +21,7 @@ NAME = "hasten"
 _OBSERVER = "_hasten_observer"
 _ATTEND = "_hasten_attend"
 _CAUSAL = "_hasten_causal"
+_RANGE = "_hasten_range"
 
 
 @dataclasses.dataclass
@@ -74,14 +75,24 @@ class Call:
             return None, None
         if self.causal and self.query.shape[2] > 1 and not is_causal(self.mask):
             raise UsageError("sparse attention follows causal masks with padding, not a mask of the caller's own")
-        rows = self.mask[:, 0, -1]
+        if not is_causal(self.mask):
+            return self._read(self.mask)
+        kind = self.causal, self.query.shape[0], self.mask.shape  # a part of a mask takes over its marks
+        known = vars(self.mask).get(_RANGE)
+        if known is None or known[0] != kind:  # once a forward: all layers have one mask, which is made anew for each
+            known = kind, self._read(self.mask)
+            setattr(self.mask, _RANGE, known)
+        return known[1]
+
+    def _read(self, mask: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        rows = mask[:, 0, -1]
         sees = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
         begin = sees.int().argmax(-1)
         end = begin + sees.sum(-1)
         place = torch.arange(sees.shape[-1], device=sees.device)
         if bool((sees != ((place >= begin[:, None]) & (place < end[:, None]))).any()):
             raise UsageError("sparse attention follows padding at the ends of rows, not holes between tokens")
-        if not self.causal and bool((self.mask != self.mask[:, :, -1:]).any()):
+        if not self.causal and bool((mask != mask[:, :, -1:]).any()):
             raise UsageError("sparse attention follows padding, not a mask that differs between queries")
         if bool(sees.all()):
             return None, None
