@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hasten
-from conformance.attention import decoder, tokens
+from conformance.attention import check_decoding, decoder, tokens
 from hasten.attention.longgen import LongGen, full_layers, longgen, naive_longgen
 from hasten.hosts import recognise
 from hasten.math.blocks import seen
@@ -62,17 +62,7 @@ def test_a_window_as_long_as_the_text_is_dense_attention():
 @pytest.mark.parametrize("options", ["local=2", "local=1, sink=2", "pattern=strided, local=1, stride=3"])
 def test_decoding_from_the_truncated_cache_equals_the_pattern_over_the_whole_text(options):
     handle = hasten.apply(decoder(), f"attention/longgen(block=4, {options})")
-    ids, mask = tokens()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    whole = handle.model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    cache, start = handle.host.new_cache(), 0
-    for end in (21, *range(22, 47)):
-        part = slice(start, end)
-        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, part], "past_key_values": cache}
-        logits = handle.model(ids[:, part], **given).logits
-        shown = mask[:, part].bool()
-        torch.testing.assert_close(logits[shown], whole[:, part][shown], rtol=1e-4, atol=1e-5)
-        start = end
+    check_decoding(handle, [21, *range(22, 47)])
 
 
 @torch.no_grad()

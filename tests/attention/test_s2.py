@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hasten
-from conformance.attention import decoder, tokens
+from conformance.attention import check_decoding, decoder
 from hasten.attention._shards import Shards
 from hasten.attention.s2 import S2Attention, naive_s2, offsets, s2
 from hasten.math.blocks import seen
@@ -91,17 +91,7 @@ def test_with_equal_scores_each_head_averages_its_own_blocks():
 def test_decoding_from_shards_equals_the_pattern_over_the_whole_text(plan):
     """A padded row among others, the prompt in parts, tokens one by one across the ends of blocks."""
     handle = hasten.apply(decoder(), f"attention/s2(block=4, local=2, stride=3, dense_every=3{plan})")
-    ids, mask = tokens()
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    whole = handle.model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    cache, start = handle.host.new_cache(), 0
-    for end in (17, 27, *range(28, 47)):
-        part = slice(start, end)
-        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, part], "past_key_values": cache}
-        logits = handle.model(ids[:, part], **given).logits
-        shown = mask[:, part].bool()
-        torch.testing.assert_close(logits[shown], whole[:, part][shown], rtol=1e-4, atol=1e-5)
-        start = end
+    check_decoding(handle, [17, 27, *range(28, 47)])
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from conformance.attention import check_training_of_a_denoiser, decoder, dit, vit
 from conformance.attention import classify as classify_pictures
-from conformance.attention import decoder, dit, vit
 from hasten.api import apply, load_pretrained
 from hasten.attention.sla import SLA, classify, linear, naive_sla, shares, sla
 from hasten.core.errors import PlanError, UsageError
@@ -111,14 +111,4 @@ def test_pure_function_at_the_paper_block_size():
 
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast", "checkpointing"])
 def test_training_in_half_precision_and_with_checkpointing(mode):
-    model = dit()
-    handle = apply(model.bfloat16() if mode == "bfloat16" else model, SLA(**SMALL))
-    if mode == "checkpointing":
-        handle.model.enable_gradient_checkpointing()
-    handle.model.train()
-    sample = torch.randn(2, 2, 12, 12, dtype=torch.bfloat16 if mode == "bfloat16" else torch.float32)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-        out = handle.model(sample, timestep=torch.tensor([5, 9]), class_labels=torch.tensor([1, 3])).sample
-    out.float().square().mean().backward()
-    grads = [p.grad for layer in handle.host.layers for p in layer.attention.parameters()]
-    assert len(grads) >= 24 and all(grad is not None and grad.isfinite().all() for grad in grads)
+    check_training_of_a_denoiser(SLA(**SMALL), mode)

@@ -6,20 +6,10 @@ from typing import Any
 
 import torch
 
-PROMPT, REST = 40, 6
+from conformance.kv import PROMPT, REST
+from conformance.kv import build as decoder
+
 TESTS = pathlib.Path(__file__).parents[1] / "attention"
-
-
-def decoder() -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=61, max_position_embeddings=256, bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
 
 
 def tokens(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,6 +32,22 @@ def decode(handle: Any) -> tuple[torch.Tensor, ...]:
         start = end
     written = handle.model.generate(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], max_new_tokens=5, do_sample=False)
     return whole, torch.stack(out), written
+
+
+@torch.no_grad()
+def check_decoding(handle: Any, ends: list[int]) -> None:
+    """A padded row among others, its text in parts that end at `ends` from an own cache: as in one forward."""
+    ids, mask = tokens()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = handle.model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    cache, start = handle.host.new_cache(), 0
+    for end in ends:
+        part = slice(start, end)
+        given = {"attention_mask": mask[:, :end], "position_ids": positions[:, part], "past_key_values": cache}
+        logits = handle.model(ids[:, part], **given).logits
+        shown = mask[:, part].bool()
+        torch.testing.assert_close(logits[shown], whole[:, part][shown], rtol=1e-4, atol=1e-5)
+        start = end
 
 
 def vit() -> torch.nn.Module:
@@ -80,6 +86,23 @@ def dit() -> torch.nn.Module:
 def denoise(handle: Any) -> torch.Tensor:
     sample = torch.randn(2, 2, 12, 12, generator=torch.Generator().manual_seed(3))
     return handle.model(sample, timestep=torch.tensor([5, 9]), class_labels=torch.tensor([1, 3])).sample
+
+
+def check_training_of_a_denoiser(method: Any, mode: str) -> None:
+    """Every weight of a DiT's attention gets a finite gradient: `bfloat16`, under `autocast`, or `checkpointing`."""
+    from hasten.api import apply
+
+    model = dit()
+    handle = apply(model.bfloat16() if mode == "bfloat16" else model, method)
+    if mode == "checkpointing":
+        handle.model.enable_gradient_checkpointing()
+    handle.model.train()
+    sample = torch.randn(2, 2, 12, 12, dtype=torch.bfloat16 if mode == "bfloat16" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        out = handle.model(sample, timestep=torch.tensor([5, 9]), class_labels=torch.tensor([1, 3])).sample
+    out.float().square().mean().backward()
+    grads = [p.grad for layer in handle.host.layers for p in layer.attention.parameters()]
+    assert len(grads) >= 24 and all(grad is not None and grad.isfinite().all() for grad in grads)
 
 
 SUBJECTS = {"decoder": (decoder, decode), "vit": (vit, classify), "denoiser": (dit, denoise)}

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import standins
+from conformance.attention import dit
 from hasten.core.errors import UsageError
 from hasten.hosts import recognise
 
@@ -35,18 +36,6 @@ def timm_rope():
     transformer = standins.timm().models.Eva
     return transformer(img_size=16, patch_size=4, embed_dim=32, depth=3, num_heads=4, num_classes=7,
                        use_rot_pos_emb=True, attn_type="rope")  # fmt: skip
-
-
-def dit():
-    from diffusers import DiTTransformer2DModel
-
-    model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=2, out_channels=2, num_layers=3, sample_size=12,
-        patch_size=2, num_embeds_ada_norm=10, norm_num_groups=1,
-    )  # fmt: skip
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def wan():
