@@ -131,9 +131,8 @@ def results() -> str:
             for line in evidence.latest(method)
         }
     )
-    return "\n".join(
-        [*rows, "", f"Measured on {'; '.join(machines)}. A row is the newest line of `evidence/` for a method; its page has them all." if machines else ""]
-    )
+    note = "A row is the newest line of `evidence/` for a method; its page has them all."
+    return "\n".join([*rows, "", f"Measured on {'; '.join(machines)}. {note}" if machines else ""])
 
 
 def pages() -> dict[pathlib.Path, str]:
