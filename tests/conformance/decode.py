@@ -1,6 +1,8 @@
 """Pairs of a target and a draft on which decode methods are held to the common tests and to their own."""
 
 import copy
+import importlib.util
+import pathlib
 from typing import Any
 
 import torch
@@ -50,11 +52,25 @@ def ragged(rows: int = 4, length: int = 9, seed: int = 0) -> dict[str, torch.Ten
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _own(name: str) -> Any:
+    file = pathlib.Path(__file__).parents[1] / f"decode/test_{name}.py"
+    if not file.exists() or "\ndef subject(" not in file.read_text():
+        return None
+    spec = importlib.util.spec_from_file_location(f"subject_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.subject
+
+
 def run(handle: Any) -> torch.Tensor:
     return handle.generate(**ragged(), max_new_tokens=12, do_sample=False, eos_token_id=None)
 
 
 def subject(method_class: type) -> dict[str, Any]:
+    """The pair of models, unless the method's own tests give another subject (`subject()`)."""
+    own = _own(method_class.title().split("/")[1])
+    if own is not None:
+        return own()
     small = {"tokens": 4, "epochs": 2, "layers": 1} if "tokens" in method_class.__dataclass_fields__ else {}
     context = {"draft": noisy(target(), 0.1), "calibration": [ragged(3, 7, seed=5)]}
     return {"model": target, "options": small, "context": context, "run": run}

@@ -8,7 +8,7 @@ import torch
 
 import hasten
 from conformance.decode import noisy, ragged, target
-from hasten.decode import _loop
+from hasten.decode import _drafting, _loop
 from hasten.decode.base import speculation
 
 METHODS = {
@@ -135,18 +135,18 @@ def accept_too_easily(p_BKV, q_BKV, drafts_BK, u_BK, e_BV):
     return _accept(p_BKV, q_BKV, drafts_BK, u_BK * 0.6, e_BV)
 
 
-_accept = _loop.accept
+_accept = _drafting.accept
 
 
 @pytest.mark.parametrize("wrong", [redraw_from_the_target, accept_too_easily])
 def test_the_test_of_the_law_finds_wrong_rules(monkeypatch, wrong):
-    monkeypatch.setattr(_loop, "accept", wrong)
+    monkeypatch.setattr(_drafting, "accept", wrong)
     model = small()
     assert max(goodness(model, "decode/speculative(candidates=4)", 1500, draft=small(0.8))) < 1e-6
 
 
 def test_the_test_of_the_law_finds_blind_acceptance(monkeypatch):
-    monkeypatch.setattr(_loop, "accept", accept_always)
+    monkeypatch.setattr(_drafting, "accept", accept_always)
     with pytest.raises(AssertionError, match="always or never"):
         goodness(small(), "decode/speculative(candidates=4)", 100, draft=small(0.8))
     monkeypatch.setattr(_loop.Counters, "acceptance", 0.5)

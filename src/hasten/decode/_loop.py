@@ -1,10 +1,10 @@
 """The draft-verify-accept loop, run by transformers' `generate` in the place of its own decoding loop.
 
-A round drafts K tokens for every row with the small model, one pass each, and checks all of them with one pass of the
-target; each row keeps its own number of them. transformers prepares the inputs, the logits processors and the stopping
-criteria, so that these mean what they mean there; its per-step machinery is left out.
+In a round a proposer drafts N candidates for every row, a chain or a tree, and one pass of the target checks all of
+them; each row keeps its own number. transformers prepares the inputs, the logits processors and the stopping criteria,
+so that these mean what they mean there; its per-step machinery is left out.
 
-Letters: B rows, K candidates, V vocabulary.
+Letters: B rows, N candidates, V vocabulary.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from hasten.decode._checks import check_cache, check_context, check_request
+from hasten.decode._proposals import Proposal
 from hasten.decode._rows import Rows
-from hasten.decode._sampling import accept, accept_greedy, draw, exponential
 from hasten.decode._stops import Scores, Stops
 
 
@@ -27,7 +27,8 @@ class Counters:
     Attributes:
         tokens: kept in the output, over all rows.
         drafted, accepted: candidates of rows that were still running.
-        accepted_at: how many candidates at each place of the chain were accepted; `drafted_at`: were drafted.
+        accepted_at: how many candidates at each place of a chain, or depth of a tree, were accepted; `drafted_at`: were
+            drafted.
         rounds, target_passes, draft_passes: a pass serves all rows.
         seconds: wall time by part (draft, verify, accept); on a GPU the time to launch the work, not to do it.
     """
@@ -47,26 +48,49 @@ class Counters:
         """Share of the drafted tokens that were accepted."""
         return self.accepted / max(1, self.drafted)
 
-    def add(self, length: int, accepted: list[int]) -> None:
-        """One round with `length` candidates in each running row."""
+    def add(self, places: list[int], accepted: list[int]) -> None:
+        """One round: candidates at each place, over all running rows, and how many each row accepted."""
         self.rounds += 1
-        self.drafted += length * len(accepted)
+        self.drafted += sum(places)
         self.accepted += sum(accepted)
-        while len(self.drafted_at) < length:
+        while len(self.drafted_at) < len(places):
             self.drafted_at.append(0)
             self.accepted_at.append(0)
-        for place in range(length):
-            self.drafted_at[place] += len(accepted)
+        for place, drafted in enumerate(places):
+            self.drafted_at[place] += drafted
             self.accepted_at[place] += sum(count > place for count in accepted)
 
 
 class Drafter(nn.Module):
-    """The small model with whatever a method learnt about it; a submodule of the target: they travel together."""
+    """The small model, if any, and whatever a method learnt; a submodule of the target: they travel together."""
 
-    def __init__(self, model: nn.Module, learnt: nn.Module | None) -> None:
+    def __init__(self, model: nn.Module | None, learnt: nn.Module | None) -> None:
         super().__init__()
         self.model = model
         self.learnt = learnt
+
+
+@dataclasses.dataclass
+class Request:
+    """One call of generate, checked and prepared.
+
+    Attributes:
+        ids: the prompt [B, T], left-padded; `mask`: which tokens are real, as the caller gave it, or None.
+        cache: transformers' cache of the target, perhaps with tokens of the prompt in it.
+    """
+
+    spec: "Speculation"
+    model: Any
+    ids: Tensor
+    mask: Tensor | None
+    cache: Any
+    scores: Scores
+    stops: Stops
+    streamer: Any
+
+    @property
+    def counters(self) -> Counters:
+        return self.spec.counters
 
 
 class Speculation:
@@ -101,16 +125,18 @@ class Speculation:
         check_cache(cache, type(model).__name__)
         self.counters = Counters()
         stops = Stops(stopping_criteria, input_ids)
-        check_context(self.drafter.model, stops.limit)
+        if self.drafter.model is not None:
+            check_context(self.drafter.model, stops.limit)
         # a cache that outlives the call must not hold inference tensors
         foreign = generation_config.return_dict_in_generate or cache.get_seq_length() > 0
         with torch.no_grad() if foreign else torch.inference_mode():
             scores = Scores(logits_processor, generation_config.do_sample, generator)
-            run = Run(self, model, input_ids, model_kwargs.get("attention_mask"), cache, scores, stops, streamer)
+            mask = model_kwargs.get("attention_mask")
+            run = self.method.run(Request(self, model, input_ids, mask, cache, scores, stops, streamer))
             try:
                 run.all()
             finally:
-                run.draft.close()
+                run.close()
         out = stops.output(generation_config._pad_token_tensor)
         self.counters.tokens = sum(stops.lengths())
         if streamer is not None:
@@ -125,126 +151,104 @@ class Speculation:
 
 
 class Run:
-    """One call: the two models' places and the tokens that each has yet to read."""
+    """One call: where the target is in each row, what it has yet to read, and who proposes.
 
-    def __init__(self, spec: Speculation, model: Any, ids: Tensor, mask: Tensor | None, cache: Any, scores: Scores,
-                 stops: Stops, streamer: Any) -> None:  # fmt: skip
+    Attributes:
+        rows: the running rows' places in the person's batch.
+        ids, real: the prompt [B, T] on the target's device and which of its tokens are real, None where all are.
+        unread: tokens that the target has yet to read [B, w], and which of them are real.
+        limit: tokens that a row may have in the end; `width`: the widest pass after the prompt.
+    """
+
+    def __init__(self, request: Request) -> None:
         from transformers import DynamicCache
 
-        self.spec, self.scores, self.stops, self.streamer = spec, scores, stops, streamer
-        self.method, self.counters = spec.method, spec.counters
-        device = next(model.parameters()).device
-        ids = ids.to(device)
-        real = None if mask is None else mask.to(device).bool()
+        self.request, self.spec, self.scores, self.stops = request, request.spec, request.scores, request.stops
+        self.method, self.counters, cache = request.spec.method, request.spec.counters, request.cache
+        device = next(request.model.parameters()).device
+        ids = request.ids.to(device)
+        real = None if request.mask is None else request.mask.to(device).bool()
         plain = type(cache) is DynamicCache
         if real is not None and len(ids) == 1 and plain:
             ids, real = ids[:, real[0]], None  # one padded row is a shorter row
-        small, width = spec.drafter.model, self.method.longest + 2
+        self.ids, self.real, self.limit, self.width = ids, real, self.stops.limit, self.method.widest + 2
         past = cache.get_seq_length()
-        self.target = Rows(model, cache, limit=stops.limit, width=width)
-        draft_cache = DynamicCache(config=small.config)
-        self.draft = Rows(small, draft_cache, limit=stops.limit, width=width, watch=self.method.watches)
-        self.unread = (ids[:, past:], real)  # by the target, [B, w] and which of them are real
-        self.undrafted = (ids, real)  # by the draft
+        self.target = Rows(request.model, cache, limit=self.limit, width=self.width, watch=self.method.watches_target)
+        self.unread = (ids[:, past:], real)
         # a cache that chooses what it keeps should see the prompt alone, not the first candidates
         self.prefill = not plain and past == 0
-        self.rows = list(range(len(ids)))  # the running rows' places in the person's batch
+        self.rows = list(range(len(ids)))
+        self.proposer = self.method.proposer(self)
 
     def all(self) -> None:
         while self.rows:
-            most = 0 if self.prefill else min(self.method.longest, self.stops.left(self.rows) - 1)
-            self.prefill = False
-            started = time.perf_counter()
-            drafts_BK, q_BKV = self.propose(most)
-            drafted = time.perf_counter()
-            logits_BKV = self.verify(drafts_BK)
-            verified = time.perf_counter()
-            self.settle(drafts_BK, q_BKV, logits_BKV)
-            spent = self.counters.seconds
-            spent["draft"] += drafted - started
-            spent["verify"] += verified - drafted
-            spent["accept"] += time.perf_counter() - verified
-        self.counters.target_passes, self.counters.draft_passes = self.target.passes, self.draft.passes
+            self.round()
+        self.counters.target_passes, self.counters.draft_passes = self.target.passes, self.proposer.passes
 
-    def propose(self, most: int) -> tuple[Tensor, Tensor | None]:
-        """Drafts up to `most` tokens a row: [B, K], and their distributions [B, K, V] when sampling."""
-        ids, real = self.undrafted
-        tokens: list[Tensor] = []
-        chances: list[Tensor] = []
-        survived = None
-        for step in range(1, most + 1):
-            logits = self.draft.step(ids, real)
-            stop = False
-            if self.method.watches and step > 1:
-                survived, stop = self.method.stop(self.spec.drafter.learnt, self.draft.hidden, survived, step)
-            scores = self.scores(logits, self.stops, self.rows, tokens)[:, 0]
-            if self.scores.sampled:
-                chances.append(scores.softmax(-1))
-                tokens.append(draw(chances[-1], self.scores.generator))
-            else:
-                tokens.append(scores.argmax(-1))
-            ids, real = tokens[-1][:, None], None
-            if stop:
-                break
-        drafts = torch.stack(tokens, 1) if tokens else ids.new_empty(len(self.rows), 0)
-        return drafts, torch.stack(chances, 1) if chances else None
+    def round(self) -> None:
+        most = 0 if self.prefill else min(self.method.longest, self.stops.left(self.rows) - 1)
+        self.prefill = False
+        started = time.perf_counter()
+        proposal = self.proposer.propose(most)
+        drafted = time.perf_counter()
+        logits = self.verify(proposal)
+        verified = time.perf_counter()
+        self.settle(proposal, logits)
+        spent = self.counters.seconds
+        spent["draft"] += drafted - started
+        spent["verify"] += verified - drafted
+        spent["accept"] += time.perf_counter() - verified
 
-    def verify(self, drafts_BK: Tensor) -> Tensor:
-        """The target's scores at every candidate and after the last, [B, K + 1, V]."""
+    def verify(self, proposal: Proposal) -> Tensor:
+        """The target's logits after the last token and after every candidate, [B, N + 1, V]."""
         ids, real = self.unread
-        if real is not None and drafts_BK.shape[1]:
-            real = torch.cat([real, real.new_ones(drafts_BK.shape)], 1)
-        return self.target.step(torch.cat([ids, drafts_BK], 1), real, logits=drafts_BK.shape[1] + 1)
+        if real is not None and proposal.size:
+            real = torch.cat([real, real.new_ones(proposal.tokens.shape)], 1)
+        return self.target.step(torch.cat([ids, proposal.tokens], 1), real, proposal.size + 1, proposal.tree)
 
-    def settle(self, drafts_BK: Tensor, q_BKV: Tensor | None, logits_BKV: Tensor) -> None:
+    def settle(self, proposal: Proposal, logits: Tensor) -> None:
         """Accepts, tells the rows their tokens, takes back what was refused, and lets finished rows go."""
-        length = drafts_BK.shape[1]
-        scores = self.scores(logits_BKV, self.stops, self.rows, list(drafts_BK.unbind(1)), every=True)
-        if self.scores.sampled:
-            p_BKV, generator = scores.softmax(-1), self.scores.generator
-            u_BK = torch.rand(drafts_BK.shape, device=p_BKV.device, generator=generator)
-            tokens, accepted_B = accept(p_BKV, q_BKV, drafts_BK, u_BK, exponential(p_BKV[:, 0], generator))
-        else:
-            tokens, accepted_B = accept_greedy(scores.argmax(-1), drafts_BK)
-        told = torch.cat([accepted_B[:, None], tokens], 1).tolist()  # the round's one synchronisation
-        accepted = [row[0] for row in told]
-        self.counters.add(length, accepted)
+        candidates = list(proposal.tokens.unbind(1))
+        tree = proposal.tree
+        paths = None if tree is None else [(), *tree.paths]
+        scores = self.scores(logits, self.stops, self.rows, candidates, every=True, paths=paths)
+        verdict = self.method.accept(scores, proposal, self.scores)
+        told = torch.cat([verdict.accepted[:, None], verdict.tokens], 1).tolist()  # the round's one synchronisation
+        accepted = verdict.told = [row[0] for row in told]
+        self.counters.add(self._places(proposal), accepted)
         for row, (count, *new) in zip(self.rows, told, strict=True):
             self.stops.tell(row, new[: count + 1])
-        if self.streamer is not None:
-            self.streamer.put(torch.tensor(self.stops.fresh(self.rows[0])))
-        last = tokens.gather(1, accepted_B[:, None])
-        self.take_back(drafts_BK, accepted_B, accepted, last)
+        if self.request.streamer is not None:
+            self.request.streamer.put(torch.tensor(self.stops.fresh(self.rows[0])))
+        self.unread = (verdict.last, None)
+        if tree is not None:
+            self.target.keep_path(verdict.path, verdict.accepted, accepted, proposal.size)
+        else:
+            most, ragged = max(accepted), max(accepted) != min(accepted)
+            kept = self.target.order[: proposal.size] < verdict.accepted[:, None] if ragged else None
+            self.target.keep(kept, proposal.size - most)
+        self.proposer.settle(proposal, verdict)
         going = [place for place, row in enumerate(self.rows) if not self.stops.finished(row)]
         if going and len(going) < len(self.rows):
-            self.release(torch.tensor(going, device=tokens.device))
+            self.release(torch.tensor(going, device=verdict.tokens.device))
         self.rows = [self.rows[place] for place in going]
 
-    def take_back(self, drafts_BK: Tensor, accepted_B: Tensor, accepted: list[int], last: Tensor) -> None:
-        """Crops or masks refused tokens in both caches and notes what each model has yet to read."""
-        length, most, least = drafts_BK.shape[1], max(accepted), min(accepted)
-        ragged = most != least
-        places = self.target.order[:length]
-        kept = places < accepted_B[:, None] if ragged else None
-        self.target.keep(kept, length - most)
-        self.unread = (last, None)
-        if not length:
-            ids, real = self.undrafted
-            real = None if real is None else nn.functional.pad(real, (0, 1), value=True)
-            self.undrafted = (torch.cat([ids, last], 1), real)
-            return
-        read = length - 1  # the draft has not read its own last candidate
-        self.draft.keep(kept[:, :read] if ragged and read else None, max(0, read - most))
-        if most < length:
-            self.undrafted = (last, None)
-        else:
-            real = torch.cat([accepted_B[:, None] == length, torch.ones_like(last, dtype=torch.bool)], 1)
-            self.undrafted = (torch.cat([drafts_BK[:, -1:], last], 1), real if ragged else None)
+    def _places(self, proposal: Proposal) -> list[int]:
+        rows = len(self.rows)
+        if proposal.tree is not None:
+            depths = proposal.tree.depth_list
+            return [depths.count(depth) * rows for depth in range(max(depths, default=-1) + 1)]
+        if proposal.lengths is None:
+            return [rows] * proposal.size
+        return [sum(length > place for length in proposal.lengths) for place in range(proposal.size)]
 
     def release(self, going: Tensor) -> None:
         """Takes finished rows out of the batch."""
         self.target.select(going)
-        self.draft.select(going)
-        self.unread, self.undrafted = (
-            (ids[going], None if real is None else real[going]) for ids, real in (self.unread, self.undrafted)
-        )
+        self.proposer.select(going)
+        ids, real = self.unread
+        self.unread = (ids[going], None if real is None else real[going])
+
+    def close(self) -> None:
+        self.target.close()
+        self.proposer.close()

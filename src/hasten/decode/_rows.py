@@ -7,29 +7,76 @@ and once they are too many the cache is gathered into a left-padded one without 
 Letters: B rows, Q tokens of a pass, S slots, V vocabulary, D hidden size.
 """
 
+import dataclasses
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hasten.core.errors import UsageError
 from hasten.hosts.attention import NAME
 
 HOLES = 0.25
 """The share of slots that may be holes in the fullest row before the cache is gathered (why: see `Rows.keep`)."""
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tree:
+    """Which candidate follows which; the same in all rows.
+
+    Attributes:
+        parents: [N], the place of each candidate's parent, before its own; -1 where it follows the last token.
+    """
+
+    parents: Tensor
+
+    @functools.cached_property
+    def paths(self) -> list[tuple[int, ...]]:
+        """The candidates from the root to each, itself the last."""
+        made: list[tuple[int, ...]] = []
+        for place, parent in enumerate(self.parents.tolist()):
+            assert parent < place, "a candidate comes after its parent"
+            made.append((*(made[parent] if parent >= 0 else ()), place))
+        return made
+
+    @functools.cached_property
+    def depth_list(self) -> list[int]:
+        """How many candidates stand before each, 0 for those that follow the last token."""
+        return [len(path) - 1 for path in self.paths]
+
+    @functools.cached_property
+    def depths(self) -> Tensor:
+        """[N], the same as a tensor."""
+        return self.parents.new_tensor(self.depth_list)
+
+    @functools.cached_property
+    def levels(self) -> list[Tensor]:
+        """The places of the candidates of each depth."""
+        return [(self.depths == depth).nonzero()[:, 0] for depth in range(max(self.depth_list) + 1)]
+
+    @functools.cached_property
+    def seen(self) -> Tensor:
+        """[N, N] bool: each candidate sees those on its path."""
+        seen = torch.zeros(len(self.paths), len(self.paths), dtype=torch.bool)
+        for place, path in enumerate(self.paths):
+            seen[place, list(path)] = True
+        return seen.to(self.parents.device)
+
+
 class Rows:
     """A model, its cache and the rows' places in it.
 
     Attributes:
-        hidden: [B, D], what the output layer read at the last position of the latest pass, if `watch` is on.
+        hiddens: [B, n, D], what the output layer read in the latest pass, if `watch` is on.
+        hidden: [B, D], of it what was read at the last position.
         passes: forward passes so far.
     """
 
     def __init__(self, model: nn.Module, cache: Any, *, limit: int, width: int, watch: bool = False) -> None:
         """limit: slots that may ever be needed; width: the widest pass on a cache that is not empty, in tokens."""
         self.model, self.cache, self.passes = model, cache, 0
-        self.hidden: Tensor | None = None
+        self.hiddens: Tensor | None = None
         self.slots = cache.get_seq_length()
         self.real: Tensor | None = None  # [B, S] bool, None while every slot of every row is real
         self.count: Tensor | None = None  # [B] real slots of each row, None with `real`
@@ -43,17 +90,28 @@ class Rows:
         self.handle = model.get_output_embeddings().register_forward_pre_hook(self._see) if watch else None
 
     def _see(self, _: nn.Module, given: tuple[Tensor, ...]) -> None:
-        self.hidden = given[0][:, -1]
+        self.hiddens = given[0]
+
+    @property
+    def hidden(self) -> Tensor:
+        assert self.hiddens is not None, "the model is watched and has run"
+        return self.hiddens[:, -1]
 
     def close(self) -> None:
         if self.handle is not None:
             self.handle.remove()
 
-    def step(self, ids_BQ: Tensor, real_BQ: Tensor | None = None, logits: int = 1) -> Tensor:
+    def step(self, ids_BQ: Tensor, real_BQ: Tensor | None = None, logits: int = 1, tree: Tree | None = None) -> Tensor:
         """One forward pass; its tokens become slots. `real_BQ` marks tokens that are no filling, all by default.
+
+        The last tokens may be a tree's candidates: each is at the position that its depth gives it, and sees of them
+        those on its path.
 
         Returns:
             [B, logits, V], the last `logits` positions.
+
+        Raises:
+            UsageError: a tree, and an attention that takes no mask of its own.
         """
         rows, width = ids_BQ.shape
         before, total = self.slots, self.slots + width
@@ -71,9 +129,12 @@ class Rows:
             else:
                 positions = (self.count[:, None] + new.cumsum(1) - 1).clamp_(min=0)
                 self.count = self.count + new.sum(1)
+        mask = self._mask(before, total)
+        if tree is not None and len(tree.paths):
+            positions, mask = self._branch(tree, positions, before, total)
         out = self.model(
             input_ids=ids_BQ,
-            attention_mask=self._mask(before, total),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
@@ -93,6 +154,45 @@ class Rows:
             return None if width == 1 else self.strip[:, :, -width:, -total:]
         seen = self.real[:, None, None] if width == 1 else self.strip[:, :, -width:, -total:] & self.real[:, None, None]
         return seen
+
+    def _branch(self, tree: Tree, positions: Tensor, before: int, total: int) -> tuple[Tensor, Tensor]:
+        """Positions [B, Q] and mask [B, 1, Q, S] of a pass whose last tokens are a tree."""
+        if not self.takes_4d:
+            raise UsageError(
+                "drafting a tree needs attention that takes a mask of its own: build the model with "
+                "attn_implementation='sdpa'"
+            )
+        size, width = len(tree.paths), total - before
+        stem = positions[:, : width - size]
+        positions = torch.cat([stem, (stem[:, -1:] + 1 + tree.depths).clamp_(max=self.last)], 1)
+        seen = torch.ones(width, total, dtype=torch.bool, device=tree.parents.device).tril_(before)
+        seen[-size:, -size:] = tree.seen
+        mask = seen[None, None]
+        return positions, mask if self.real is None else mask & self.real[:, None, None]
+
+    def keep_path(self, path_BD: Tensor, accepted_B: Tensor, accepted: list[int], size: int) -> None:
+        """Of the latest pass's last `size` slots, a tree's, keeps each row's path.
+
+        Args:
+            path_BD: the candidates on it, of which the first `accepted_B` count; `accepted`: the same as a list.
+        """
+        from transformers import DynamicCache
+
+        most, ragged = max(accepted), max(accepted) != min(accepted)
+        kept = self.order[:most] < accepted_B[:, None]
+        if type(self.cache) is DynamicCache:
+            start = self.slots - size
+            for part in self.cache.layers if most else []:
+                if part.keys is not None and part.keys.numel():
+                    for entries in (part.keys, part.values):
+                        index = path_BD[:, None, :most, None].expand(-1, entries.shape[1], -1, entries.shape[3])
+                        entries[:, :, start : start + most] = entries[:, :, start:].gather(2, index)
+            self.keep(kept if ragged else None, size - most)
+            return
+        stays = torch.zeros(len(path_BD), size + 1, dtype=torch.bool, device=path_BD.device)
+        stays.scatter_(1, torch.where(kept, path_BD[:, :most], size), True)  # another cache keeps its order, with holes
+        width = int(stays[:, :size].any(0).nonzero().max()) + 1 if most else 0
+        self.keep(stays[:, :width] if width else None, size - width)
 
     def keep(self, kept_BQ: Tensor | None, drop: int) -> None:
         """Takes back part of the latest passes.

@@ -3,6 +3,8 @@
 Letters: B rows, K candidates, V vocabulary; p is the target's distribution, q the draft's.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,39 @@ def accept_greedy(choice_BK: Tensor, drafts_BK: Tensor) -> tuple[Tensor, Tensor]
     """
     same = choice_BK[:, :-1] == drafts_BK
     return choice_BK, same.long().cumprod(1).sum(1)
+
+
+def accept_tree(choice_BN: Tensor, drafts_BN: Tensor, tree: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The path of candidates that are the target's own choices.
+
+    The target chooses a token after the last token and after every candidate; from the root on, a candidate that is the
+    choice made where it stands is accepted. With choices drawn from p at each place the tokens have p's law, whatever
+    the candidates are, as a draw does not depend on them.
+
+    Args:
+        choice_BN: [B, N + 1], the first made at the root; `drafts_BN`: [B, N], siblings being different tokens.
+        tree: who follows whom (`_rows.Tree`).
+
+    Returns:
+        tokens [B, D + 1], accepted [B] and path [B, D] with D the tree's depth: of the path the first `accepted` count,
+        of the tokens one more.
+    """
+    rows, device = len(drafts_BN), drafts_BN.device
+    at = torch.zeros(rows, dtype=torch.long, device=device)  # 0 the root, n + 1 candidate n
+    going = torch.ones(rows, dtype=torch.bool, device=device)
+    accepted = torch.zeros_like(at)
+    wanted = choice_BN[:, 0]
+    tokens, path = [wanted], []
+    for level in tree.levels:
+        fits = (tree.parents[level] + 1 == at[:, None]) & (drafts_BN[:, level] == wanted[:, None])
+        place = fits.int().argmax(1)
+        going = going & fits.any(1)
+        at = torch.where(going, level[place] + 1, at)
+        accepted = accepted + going
+        wanted = choice_BN.gather(1, at[:, None])[:, 0]
+        path.append((at - 1).clamp(min=0))
+        tokens.append(wanted)
+    return torch.stack(tokens, 1), accepted, torch.stack(path, 1)
 
 
 def draw(weight: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -1,5 +1,6 @@
 """What transformers prepared, applied to rows at different places: stopping criteria and logits processors."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,13 +96,20 @@ class Scores:
         self.pointwise = all(type(one).__name__ in POINTWISE for one in processors)
 
     def __call__(
-        self, logits: Tensor, stops: Stops, rows: list[int], drafts: list[Tensor], every: bool = False
+        self,
+        logits: Tensor,
+        stops: Stops,
+        rows: list[int],
+        drafts: list[Tensor],
+        every: bool = False,
+        paths: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """Scores in float32, as transformers makes them.
 
         Args:
             logits: [B, K, V].
             drafts: candidates so far, each [B]; position k follows the first k of them where `every`, else all.
+            paths: the candidates that each position follows, where these are a tree.
         """
         logits = logits.to(torch.float32, copy=len(self.processors) > 0)
         if not self.processors:
@@ -114,8 +122,8 @@ class Scores:
         for place, row in enumerate(rows):
             history = stops.history(row, logits.device)
             for k in range(logits.shape[1]):
-                upto = k if every else len(drafts)
-                ids = history if chain is None else torch.cat([history, chain[place, :upto]])
+                path = range(k if every else len(drafts)) if paths is None else paths[k]
+                ids = history if chain is None else torch.cat([history, chain[place, list(path)]])
                 # some processors know the batch: each row is asked about in a batch of itself, in its own place
                 scores = logits[place, k].expand(rows_all, -1).clone()
                 made[place, k] = self.processors(ids.expand(rows_all, -1), scores)[row]

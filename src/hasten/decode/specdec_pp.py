@@ -135,18 +135,18 @@ class SpecDecPP(Drafting):
         survived = now if survived_B is None else survived_B * now
         return survived, step >= self.least and bool((1 - survived).mean() > self.threshold)
 
-    def blank(self, draft: nn.Module) -> AcceptanceHead:
+    def blank(self, host: Any, draft: Any) -> AcceptanceHead:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            head = AcceptanceHead(draft.get_output_embeddings().weight.shape[1], self.layers)  # type: ignore[operator]
+            head = AcceptanceHead(draft.get_output_embeddings().weight.shape[1], self.layers)
         return head.to(next(draft.parameters()).device)
 
-    def learn(self, host: Any, draft: nn.Module, context: Context) -> AcceptanceHead:
+    def learn(self, host: Any, draft: Any, context: Context) -> AcceptanceHead:
         started = time.perf_counter()
         generator = torch.Generator(host.device).manual_seed(context.seed)
         parts = [self.examples(host, draft, batch, generator) for batch in context.calibration or []]
         hidden_ND, accepted_N = (torch.cat(part) for part in zip(*parts, strict=True))
-        head = self.blank(draft)
+        head = self.blank(host, draft)
         loss = self.fit(head, hidden_ND, accepted_N, generator)
         seconds = time.perf_counter() - started
         context.note(
