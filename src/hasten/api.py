@@ -68,7 +68,14 @@ class Handle:
         return self.model
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        """`model.generate` with the plan's cache and decoding; same arguments as transformers'."""
+        """`model.generate` with the plan's cache and decoding; same arguments as transformers'.
+
+        A masked-diffusion language model fills in masks instead: `hasten.decode._denoising.denoise` has the arguments.
+        """
+        if self.host.kind == "diffusion_lm":
+            from hasten.decode._denoising import denoise
+
+            return denoise(self.host, *args, **options)[0]
         return self.model.generate(*args, **options)  # type: ignore[operator]
 
     def save(self, path: str | pathlib.Path) -> pathlib.Path:
@@ -202,6 +209,7 @@ def generate(
     plan: "Plan | Method | str | Iterable[Any]" = "",
     *,
     draft: nn.Module | None = None,
+    teacher: nn.Module | None = None,
     calibration: Iterable[Any] | None = None,
     **options: Any,
 ) -> Any:
@@ -209,15 +217,19 @@ def generate(
 
     Args:
         inputs: token ids [batch, tokens], or a dict with `input_ids` and `attention_mask`.
-        options: those of transformers' `generate`.
+        options: those of transformers' `generate`, or of `hasten.decode._denoising.denoise` for a masked-diffusion
+            language model.
 
     Returns:
         `hasten.decode.base.Generated`: `tokens` [batch, tokens] and `counters`.
     """
-    from hasten.decode.base import generated
+    from hasten.decode._denoising import denoise
+    from hasten.decode.base import Generated, generated
 
-    handle = apply(model, plan, draft=draft, calibration=calibration)
+    handle = apply(model, plan, draft=draft, teacher=teacher, calibration=calibration)
     try:
+        if handle.host.kind == "diffusion_lm":
+            return Generated(*denoise(handle.host, inputs, **options))
         return generated(handle.host, inputs, **options)
     finally:
         handle.undo()
@@ -234,7 +246,7 @@ def _inputs(
     """Calibration in whatever form to a list of dicts of tensors."""
     if given is None:
         return None
-    word = "input_ids" if host.kind == "decoder" else None
+    word = "input_ids" if host.kind in ("decoder", "diffusion_lm") else None
     made: list[dict[str, Any]] = []
     for one in given:
         if isinstance(one, Mapping):

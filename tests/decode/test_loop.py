@@ -262,7 +262,7 @@ def test_it_composes_with_dropped_sublayers_and_an_evicting_cache():
         ({"guidance_scale": 2.0}, "guidance_scale"),
         ({"position_ids": torch.arange(5, 14)[None].repeat(2, 1)}, "sets the positions itself"),
         ({"cache_implementation": "static"}, "can't take back"),
-        ({"max_new_tokens": 200}, "the draft has a context of 128 tokens"),
+        ({"max_new_tokens": 200}, "the model has a context of 128 tokens"),
     ],
 )
 def test_requests_that_are_refused(options, problem):
@@ -313,3 +313,24 @@ def test_undo_leaves_nothing():
     before = set(vars(model)), list(model.state_dict())
     hasten.apply(model, PLAN, draft=draft).undo()
     assert (set(vars(model)), list(model.state_dict())) == before and draft.training
+
+
+def test_what_a_request_lacks_is_said_before_anything_runs():
+    model, draft = pair()
+    fast = hasten.apply(model, PLAN, draft=draft)
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        fast.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=4)
+    with pytest.raises(UsageError, match="the model has a context of 128 tokens"):
+        fast.generate(torch.ones(1, 5, dtype=torch.long), max_new_tokens=124)
+    fast.undo()
+    hasten.apply(model, PLAN, draft=target(max_position_embeddings=16))
+    with pytest.raises(UsageError, match="the draft has a context of 16 tokens"):
+        model.generate(torch.ones(1, 5, dtype=torch.long), max_new_tokens=20)
+    fast = hasten.apply(target(), PLAN, draft=draft)
+    model = fast.undo()
+    draft.config.eos_token_id = 5
+    with pytest.raises(UsageError, match="ends a text with token 2 and the draft with 5"):
+        hasten.apply(model, PLAN, draft=draft)
+    with pytest.raises(UsageError, match="resize_token_embeddings"):
+        hasten.apply(model, PLAN, draft=target(vocab_size=40))
+    assert not hasattr(model, "drafter")

@@ -92,3 +92,15 @@ def test_what_can_not_be_used(tmp_path, language):
     short.write_text("too short")
     with pytest.raises(UsageError, match="give a longer text"):
         hasten.workload(f"hf:{language}(text='{short}', prompt=64)").requests(0)
+
+
+def test_a_draft_from_a_folder(language, tmp_path):
+    name = f"hf:{language}(draft_model='{language}', prompt=24, new=6, examples=8)"
+    workload = hasten.workload(name)
+    fast = hasten.apply(workload.trained(), "decode/speculative", draft=workload.draft())
+    request = workload.requests(0)[0]
+    plain = hasten.apply(workload.trained(), "")
+    assert workload.same(workload.serve(fast, request), workload.serve(plain, request))
+    assert hasten.workload(f"hf:{language}").draft() is None
+    with pytest.raises(UsageError, match="can't be loaded"):
+        hasten.workload(f"hf:{language}(draft_model='{tmp_path}')").draft()

@@ -38,12 +38,10 @@ class Arm:
 
 def prepare(workload: Workload, plan: Plan, seed: int = 0) -> Arm:
     """Loads the trained model anew and applies the plan; what applying takes is the set-up that is charged."""
-    needs = {need for method in plan.methods for need in method.card.needs}
-    calibration = workload.calibration() if "calibration" in needs else None
-    draft = workload.draft() if "draft" in needs else None
+    handed = workload.handed(plan.methods)
     model = workload.trained()
     began = time.perf_counter()
-    handle = apply(model, plan, calibration=calibration, draft=draft, seed=seed)
+    handle = apply(model, plan, **handed, seed=seed)
     handle.bake()
     seconds = time.perf_counter() - began if plan.methods else 0.0
     return Arm(plan, handle, seconds, {"simulated": handle.simulated, "report": handle.report})

@@ -25,10 +25,7 @@ def apply_command(model: str, plan: str, out: pathlib.Path, text: pathlib.Path |
         found = workload(model, **({"text": str(text)} if text else {}))
     else:
         found = workload(f"hf:{model}", **({"text": str(text)} if text else {}))
-    needs = {need for method in parsed.methods for need in method.card.needs}
-    calibration = found.calibration() if "calibration" in needs else None
-    draft = found.draft() if "draft" in needs else None
-    handle = apply(found.trained(), parsed, calibration=calibration, draft=draft)
+    handle = apply(found.trained(), parsed, **found.handed(parsed.methods))
     handle.save(out)
     console = Console(stderr=True)
     for method, facts in handle.report.items():

@@ -12,6 +12,8 @@ KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logi
 
 def check_request(model: Any, ids: Tensor, config: Any, streamer: Any, kwargs: dict[str, Any]) -> None:
     """Raises UsageError for what drafting can't serve, before a model runs."""
+    if not ids.shape[1]:
+        raise UsageError("the prompt is empty: give at least one token, such as the one that begins a text")
     mode = config.get_generation_mode()
     if mode not in ("greedy_search", "sample"):
         kind = mode.value.replace("_", " ")
@@ -42,13 +44,14 @@ def check_request(model: Any, ids: Tensor, config: Any, streamer: Any, kwargs: d
             raise UsageError("drafting sets the positions itself, by counting real tokens: leave out position_ids")
 
 
-def check_context(draft: Any, limit: int) -> None:
-    """Raises UsageError where the draft's context is too short for the request."""
-    longest = getattr(draft.config.get_text_config(), "max_position_embeddings", None)
+def check_context(model: Any, limit: int, who: str) -> None:
+    """Raises UsageError where the context of the model or of its draft (`who`) is too short for the request."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and limit > longest:
+        other = "" if who == "model" else f" or give another {who}"
         raise UsageError(
-            f"the draft has a context of {longest} tokens and the request may reach {limit}: lower max_new_tokens "
-            "or give another draft"
+            f"the {who} has a context of {longest} tokens and the request may reach {limit}: "
+            f"lower max_new_tokens{other}"
         )
 
 

@@ -189,11 +189,22 @@ def check(method: Drafting, host: Host, draft: Any) -> None:
     if sizes[0] != sizes[1]:
         raise UsageError(
             f"{who}: the model has a vocabulary of {sizes[0]} tokens and the draft one of {sizes[1]}: give one with "
-            "the same tokenizer"
+            "the same tokenizer; where only the padding after the same tokens differs, "
+            f"draft.resize_token_embeddings({sizes[0]}) makes them equal"
+        )
+    ends = [model.config.get_text_config().eos_token_id for model in (host.model, draft)]
+    if None not in ends and not set(_listed(ends[0])) & set(_listed(ends[1])):
+        raise UsageError(
+            f"{who}: the model ends a text with token {ends[0]} and the draft with {ends[1]}, so their tokenizers "
+            "differ: give a draft with the same one (or set draft.config.eos_token_id, if it is only wrong)"
         )
     devices = [next(model.parameters()).device for model in (host.model, draft)]
     if devices[0] != devices[1]:
         raise UsageError(f"{who}: the model is on {devices[0]} and the draft on {devices[1]}: move the draft")
+
+
+def _listed(tokens: Any) -> list[int]:
+    return list(tokens) if isinstance(tokens, list | tuple) else [tokens]
 
 
 def _check_model(who: str, model: Any) -> None:

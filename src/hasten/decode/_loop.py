@@ -125,8 +125,9 @@ class Speculation:
         check_cache(cache, type(model).__name__)
         self.counters = Counters()
         stops = Stops(stopping_criteria, input_ids)
+        check_context(model, stops.limit, "model")
         if self.drafter.model is not None:
-            check_context(self.drafter.model, stops.limit)
+            check_context(self.drafter.model, stops.limit, "draft")
         # a cache that outlives the call must not hold inference tensors
         foreign = generation_config.return_dict_in_generate or cache.get_seq_length() > 0
         with torch.no_grad() if foreign else torch.inference_mode():

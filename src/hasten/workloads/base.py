@@ -128,5 +128,15 @@ class Workload(Options):
         """A smaller model for drafting, where there is one."""
         return None
 
+    def teacher(self) -> nn.Module | None:
+        """A model that methods learn from, where there is one."""
+        return None
+
+    def handed(self, methods: Iterable[Any]) -> dict[str, Any]:
+        """What `hasten.apply` is handed beside the model, as far as the methods' cards ask for it."""
+        needs = {need for method in methods for need in method.card.needs}
+        has = {"calibration": self.calibration, "draft": self.draft, "teacher": self.teacher}
+        return {need: get() for need, get in has.items() if need in needs}
+
     def _unsupported(self, what: str) -> UsageError:
         return UsageError(f"the workload {self.title()} has no {what} task; it has: {', '.join(self.tasks())}")

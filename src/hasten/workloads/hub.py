@@ -89,6 +89,7 @@ class _FromHub:
 class HubText(_FromHub, language.LanguageModel):
     model: str = option("", "folder or hub name")
     text: str = option("", "UTF-8 text file; the standard library's source when empty")
+    draft_model: str = option("", "folder or hub name of a smaller model with the same tokenizer, for drafting")
     lr: float = option(1e-4, "peak learning rate of the baseline's AdamW", above=0)
     warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(0.0, "nats per token on held-out text at which training stops", least=0)
@@ -117,6 +118,16 @@ class HubText(_FromHub, language.LanguageModel):
 
     def trained(self) -> nn.Module:
         return self._load("AutoModelForCausalLM").eval().to(self.device())
+
+    def draft(self) -> nn.Module | None:
+        if not self.draft_model:
+            return None
+        ours, theirs = _tokenizer(self.model), _tokenizer(self.draft_model)
+        if (ours and ours.get_vocab()) != (theirs and theirs.get_vocab()):
+            raise UsageError(
+                f"{self.draft_model} has another tokenizer than {self.model}: a draft's tokens must mean the same"
+            )
+        return HubText(model=self.draft_model)._load("AutoModelForCausalLM").eval().to(self.device())
 
     def build(self, seed: int) -> nn.Module:
         from transformers import AutoModelForCausalLM

@@ -31,6 +31,7 @@ class LanguageModel(Workload):
     prompt: int = option(256, "tokens of a prompt, or of a window for perplexity", least=2)
     new: int = option(64, "tokens generated and scored after a prompt", least=2)
     batch: int = option(1, "prompts in one request", least=1, most=256)
+    calibrate: int = option(64, "windows of the training part that methods are calibrated on", least=8, most=65536)
     examples: int = option(48, "held-out examples that quality is measured on", least=8, most=4096)
     depths: int = option(5, "needles in a prompt, each asked for in turn (task=needle)", least=1, most=64)
     blind: bool = option(False, "quality puts the prompt into the cache before it asks (task=needle)")
@@ -82,7 +83,7 @@ class LanguageModel(Workload):
         return continuation_loss(handle, rows[:, : self.prompt], rows[:, self.prompt :]) * self.per_nat
 
     def calibration(self) -> list[dict[str, torch.Tensor]]:
-        rows = spread_windows(self.tokens(False), 64, min(256, self.prompt), seed=41).to(self.device())
+        rows = spread_windows(self.tokens(False), self.calibrate, min(256, self.prompt), seed=41).to(self.device())
         return [{"input_ids": part} for part in rows.split(8)]
 
     # Training.
