@@ -10,6 +10,7 @@ from hasten.hosts.base import Host
 from hasten.hosts.blocks import BlockHost
 from hasten.hosts.decoders import DecoderHost
 from hasten.hosts.denoisers import DenoiserHost, denoiser_arguments
+from hasten.hosts.diffusion_lm import DiffusionLMHost, refuse_canvas
 from hasten.hosts.records import record_of
 from hasten.hosts.structure import attention_child, is_conv1d, longest_list
 from hasten.hosts.vit import ViTHost
@@ -31,7 +32,7 @@ def recognise(model: nn.Module | Host, kind: str | None = None) -> Host:
     """The host of a model; a host is handed back.
 
     Args:
-        kind: decoder, vit, denoiser or module where a certain one is needed, None for whatever it is.
+        kind: decoder, vit, denoiser, diffusion_lm or module where a certain one is needed, None for whatever it is.
 
     Raises:
         UsageError: an encoder-decoder, a model without linear layers, or not the kind that is needed; the text shows
@@ -44,6 +45,8 @@ def recognise(model: nn.Module | Host, kind: str | None = None) -> Host:
             f"a model is a torch.nn.Module, not {type(model).__name__}; "
             "of a pipeline give the part, as pipeline.unet or pipeline.transformer"
         )
+    if kind == DiffusionLMHost.kind:
+        refuse_canvas(model)
     host = _find(model)
     if kind not in (None, "module", host.kind):
         found = f"{type(model).__name__} is not recognised as a {kind}, but as a {host.kind}"
@@ -65,6 +68,9 @@ def _find(model: nn.Module) -> Host:
     if blocks is not None:
         if _sees_images(model):
             return ViTHost(model, blocks)
+        denoises = isinstance(getattr(config, "mask_token_id", None), int)
+        if denoises and (hasattr(model, "diffusion_generate") or _is_causal(model, blocks)):
+            return DiffusionLMHost(model, blocks)
         if _is_causal(model, blocks):
             return DecoderHost(model, blocks)
     if not any(isinstance(part, nn.Linear) or is_conv1d(part) for part in model.modules()):
@@ -79,21 +85,29 @@ def describe(
     layers: str | None = None,
     attention: str | None = None,
     mlp: str | None = None,
+    **more: Any,
 ) -> Host:
     """The host of a model of one's own, told where its parts are.
 
     Args:
-        kind: decoder or vit.
+        kind: decoder, vit or diffusion_lm (a decoder that fills in a mask token, with attention in both directions).
         layers: path of the list of blocks, such as `transformer.blocks`.
         attention, mlp: names of the blocks' children that are the attention and the feed-forward part. A block adds
             what each returns to its residual stream and may have norms before and after them.
+        more: of a diffusion_lm, where its config does not say it: `mask_token`, the id; `shifted`, whether the scores
+            at a position are those of the next one; `block_length`. The config is told, so that a saved model knows.
 
     Raises:
-        UsageError: the path or a name is not there, or the kind is neither decoder nor vit.
+        UsageError: the path or a name is not there, or the kind is another one.
     """
-    kinds: dict[str, type[BlockHost]] = {"decoder": DecoderHost, "vit": ViTHost}
+    kinds: dict[str, type[BlockHost]] = {"decoder": DecoderHost, "vit": ViTHost, "diffusion_lm": DiffusionLMHost}
     if kind not in kinds:
-        raise UsageError(f"a model is described as decoder or vit, not {kind!r}; hasten.hosts.recognise finds the rest")
+        raise UsageError(
+            f"a model is described as diffusion_lm, decoder or vit, not {kind!r}; hasten.hosts.recognise finds the rest"
+        )
+    unknown = sorted(set(more) - ({"mask_token", "shifted", "block_length"} if kind == "diffusion_lm" else set()))
+    if unknown:
+        raise UsageError(f"describe has no {', '.join(unknown)} for a model of the kind {kind}")
     layers = layers or longest_list(model)
     try:
         blocks = model.get_submodule(layers or "?")
@@ -105,7 +119,7 @@ def describe(
         if name is not None and not hasattr(blocks[0], name):
             children = ", ".join(child for child, _ in blocks[0].named_children())
             raise UsageError(f"a block of {layers} has no part {name!r}; it has: {children}")
-    return kinds[kind](model, layers, attention, mlp)  # type: ignore[arg-type]
+    return kinds[kind](model, layers, attention, mlp, **more)  # type: ignore[arg-type]
 
 
 def how_to_describe(model: nn.Module, kind: str) -> str:
@@ -118,10 +132,11 @@ def how_to_describe(model: nn.Module, kind: str) -> str:
         names = [name for name, _ in block.named_children()]
         attention = attention_child(block) or next((name for name in names if "att" in name), attention)
         mlp = next((name for name in names if "mlp" in name or "ff" in name or "feed" in name), mlp)
-    kind = kind if kind in ("decoder", "vit") else "decoder"
+    kind = kind if kind in ("decoder", "vit", "diffusion_lm") else "decoder"
+    token = ", mask_token=ID" if kind == "diffusion_lm" else ""
     return (
         f'Describe a model of your own with hasten.hosts.describe(model, kind="{kind}", layers="{path}", '
-        f'attention="{attention}", mlp="{mlp}") and pass the host that it returns'
+        f'attention="{attention}", mlp="{mlp}"{token}) and pass the host that it returns'
     )
 
 

@@ -13,6 +13,8 @@ from hasten.workloads.base import Workload
 BUNDLED = {
     "stdlib-lm": "hasten.workloads.stdlib_lm",
     "stdlib-rag": "hasten.workloads.stdlib_rag",
+    "stdlib-denoiser": "hasten.workloads.stdlib_denoiser",
+    "sums-lm": "hasten.workloads.reasoning",
     "digits-vit": "hasten.workloads.digits_vit",
     "digits-dit": "hasten.workloads.digits_dit",
 }
