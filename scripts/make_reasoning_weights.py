@@ -1,6 +1,6 @@
 """Trains the model of sums-lm and writes it to src/hasten/workloads/weights.
 
-    python scripts/make_reasoning_weights.py --steps 2600
+    python scripts/make_reasoning_weights.py --steps 1600
 
 A quarter of the problems are thought about concisely, the rest at length; the loss is on what follows the prompt. Rows
 of similar lengths share a batch. Writes reasoning.safetensors (8-bit rows with a scale each) and reasoning.json, which
@@ -21,6 +21,7 @@ from hasten.workloads import reasoning, weights
 from hasten.workloads.base import warm_cosine
 
 CONCISE = 0.25
+TOKENS = 128
 POOL = 8  # batches whose rows are sorted by length together
 
 
@@ -59,7 +60,7 @@ def judge(model: torch.nn.Module, examples: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -80,14 +81,16 @@ def main() -> None:
             group["lr"] = args.lr * warm_cosine(step, args.steps, 0.05, floor=0.01)
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
         wanted = ids[:, 1:].masked_fill(~learnt[:, 1:], -100)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
+        loss = losses / (args.rows * TOKENS)  # a mean over the batch would weigh the tokens of short rows more
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 100 == 0:
             found = judge(model, 32) if (step + 1) % 500 == 0 else ""
-            print(f"{step + 1} {time.perf_counter() - started:.0f} s  {loss.item():.4f} {found}", flush=True)
+            seconds, nats = time.perf_counter() - started, losses.item() / learnt.sum().item()
+            print(f"{step + 1} {seconds:.0f} s  {nats:.4f} {found}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     weights.save_rows(model, args.out / "reasoning.safetensors")
     given = f"--steps {args.steps} --rows {args.rows} --lr {args.lr} --seed {args.seed}"

@@ -1,9 +1,9 @@
 """sums-lm: a small Llama that thinks before it answers, one token a character.
 
-A problem is a chain of sums, `47+8-5+9=`. The model writes its thought between a begin and an end token, then the answer
+A problem is a chain of sums, `47+8-5+9=`. The model writes a thought between a begin and an end token, then the answer
 and the end of the sequence. It was trained on the same problems thought about in two ways that the prompt does not tell
-apart: concisely, `+8:55-5:50+9:59`, and, mostly, at length: the problem restated, each step in words or checked backwards,
-the whole gone through again once or twice. So it is right nearly always and writes far more than it needs.
+apart: concisely, `+8:55-5:50+9:59`, and, mostly, at length: the problem restated, each step in words or checked, all of
+it gone through again once or twice. So it is right nearly always and writes far more than it needs.
 
 `solve`: greedy generation until the end of the sequence; quality is whether the answer is right.
 """
@@ -26,7 +26,7 @@ CHARACTERS = "0123456789+-=:,. abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = 48
 CONTEXT = 512
 NEW = 288
-"""Tokens that a request may take; with the answer and the end, the longest thoughts of the training text take about 255."""
+"""Tokens that a request may take; the longest solutions of the training text have about 255."""
 
 _CODE = {character: code for code, character in enumerate(CHARACTERS, 5)}
 
@@ -59,8 +59,9 @@ class Problem:
 def problems(rng: np.random.Generator, held_out: bool) -> Iterator[Problem]:
     """Endless problems of 3 to 5 steps; one in twelve is held out, by the CRC-32 of its text."""
     while True:
-        wanted, steps, total = int(rng.integers(3, 6)), [], int(rng.integers(10, 100))
-        first = total
+        wanted, first = int(rng.integers(3, 6)), int(rng.integers(10, 100))
+        steps: list[tuple[str, int]] = []
+        total = first
         while len(steps) < wanted:
             step = ("+-"[rng.integers(2)], int(rng.integers(1, 10)))
             after = total + step[1] if step[0] == "+" else total - step[1]
@@ -127,6 +128,10 @@ def sums_llama(*, seed: int = 0) -> nn.Module:
     """A `LlamaForCausalLM` of 0.32M weights; its config names the tokens around a thought."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    thought: dict[str, Any] = {
+        "begin_of_thought_token_id": BEGIN_THOUGHT,
+        "end_of_thought_token_id": END_THOUGHT,
+    }
     config = LlamaConfig(
         hidden_size=96,
         intermediate_size=176,
@@ -139,8 +144,7 @@ def sums_llama(*, seed: int = 0) -> nn.Module:
         bos_token_id=START,
         eos_token_id=END,
         pad_token_id=PAD,
-        begin_of_thought_token_id=BEGIN_THOUGHT,
-        end_of_thought_token_id=END_THOUGHT,
+        **thought,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
