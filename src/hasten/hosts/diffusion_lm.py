@@ -191,6 +191,8 @@ class DiffusionLMHost(DecoderHost):
             cache: from `place_cache`, once filled by a forward of all positions.
         """
         given: dict[str, Any] = {"input_ids": tokens_BT}
+        if positions is None and cache is not None:
+            positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         if positions is not None and "position_ids" in self._takes:
             given["position_ids"] = positions[None] if positions.ndim == 1 else positions
         if at is not None:
