@@ -12,8 +12,6 @@ KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logi
 
 def check_request(model: Any, ids: Tensor, config: Any, streamer: Any, kwargs: dict[str, Any]) -> None:
     """Raises UsageError for what drafting can't serve, before a model runs."""
-    if not ids.shape[1]:
-        raise UsageError("the prompt is empty: give at least one token, such as the one that begins a text")
     mode = config.get_generation_mode()
     if mode not in ("greedy_search", "sample"):
         kind = mode.value.replace("_", " ")
@@ -28,6 +26,8 @@ def check_request(model: Any, ids: Tensor, config: Any, streamer: Any, kwargs: d
     more = sorted(name for name, value in kwargs.items() if name not in KNOWN and value is not None)
     if more:
         raise UsageError(f"drafting takes token ids and an attention mask only, not {', '.join(more)}")
+    if not ids.shape[1]:
+        raise UsageError("the prompt is empty: give at least one token, such as the one that begins a text")
     if kwargs.get("synced_gpus"):
         raise UsageError("drafting can't be synchronised across the ranks of a sharded model: gather the model first")
     if streamer is not None and len(ids) > 1:
