@@ -53,7 +53,7 @@ class Tree:
     @functools.cached_property
     def levels(self) -> list[Tensor]:
         """The places of the candidates of each depth."""
-        return [(self.depths == depth).nonzero()[:, 0] for depth in range(max(self.depth_list) + 1)]
+        return [(self.depths == depth).nonzero()[:, 0] for depth in range(max(self.depth_list, default=-1) + 1)]
 
     @functools.cached_property
     def seen(self) -> Tensor:
@@ -179,7 +179,7 @@ class Rows:
         from transformers import DynamicCache
 
         most, ragged = max(accepted), max(accepted) != min(accepted)
-        kept = self.order[:most] < accepted_B[:, None]
+        kept = self.order[:size] < accepted_B[:, None]
         if type(self.cache) is DynamicCache:
             start = self.slots - size
             for part in self.cache.layers if most else []:
@@ -190,9 +190,10 @@ class Rows:
             self.keep(kept if ragged else None, size - most)
             return
         stays = torch.zeros(len(path_BD), size + 1, dtype=torch.bool, device=path_BD.device)
-        stays.scatter_(1, torch.where(kept, path_BD[:, :most], size), True)  # another cache keeps its order, with holes
-        width = int(stays[:, :size].any(0).nonzero().max()) + 1 if most else 0
-        self.keep(stays[:, :width] if width else None, size - width)
+        stays.scatter_(1, torch.where(kept[:, :most], path_BD[:, :most], size), True)  # another cache keeps its order
+        stays = stays[:, :size]
+        width = int(stays.any(0).nonzero().max()) + 1 if most else 0
+        self.keep(stays if width else None, size - width)
 
     def keep(self, kept_BQ: Tensor | None, drop: int) -> None:
         """Takes back part of the latest passes.

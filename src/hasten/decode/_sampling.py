@@ -82,7 +82,7 @@ def accept_tree(choice_BN: Tensor, drafts_BN: Tensor, tree: Any) -> tuple[Tensor
         wanted = choice_BN.gather(1, at[:, None])[:, 0]
         path.append((at - 1).clamp(min=0))
         tokens.append(wanted)
-    return torch.stack(tokens, 1), accepted, torch.stack(path, 1)
+    return torch.stack(tokens, 1), accepted, torch.stack(path, 1) if path else at.new_empty(rows, 0)
 
 
 def draw(weight: Tensor, generator: torch.Generator | None) -> Tensor:
