@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hasten.core.errors import UsageError, nearest
 from hasten.decode._decoding import Decoding
-from hasten.decode._denoising_loop import CONFIDENCE, UNDECIDED, Counters, Guess, Loop, State, ranks
+from hasten.decode._denoising_loop import CONFIDENCE, UNDECIDED, Counters, Guess, Loop, State
 from hasten.hosts.context import Context
 
 __all__ = ["CONFIDENCE", "UNDECIDED", "Counters", "Denoising", "Guess", "State", "check_host", "denoise"]
@@ -105,10 +105,10 @@ def denoise(host: Any, inputs: Any = None, **options: Any) -> tuple[Tensor, Coun
 
 
 def checked(options: dict[str, Any]) -> dict[str, Any]:
-    """The options without those that mean nothing else (transformers' greedy defaults).
+    """The same options.
 
     Raises:
-        UsageError: one that denoising does not have.
+        UsageError: one that denoising does not have, or no token ids.
     """
     unknown = [name for name in options if name not in KNOWN]
     if unknown:
@@ -234,7 +234,5 @@ class Request:
             host, self.tokens, masked, decided_at, self.real, positions, self.temperature, self.confidence,
             self.generator,
         )  # fmt: skip
-        if self.confidence in ("random", "left"):
-            state.rank = ranks(self.confidence, self.tokens, self.generator)
         order, policy = (getattr(host, name, None) for name in SEAMS.values())
         return Loop(state, order, policy, self.new_from, self.ends, self.fill)

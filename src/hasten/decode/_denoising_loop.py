@@ -53,9 +53,9 @@ class State:
         begin, end: the columns of the present block. step: forwards so far; block_step: those in this block.
         steps_left: forwards that this block may still have, the coming one included.
         quota: for each row the tokens that the schedule decides in this step.
-        rank: [B, T], the order of deciding where it is known before (confidence=random or left), the highest first.
         temperature: of the tokens, 0 for the likeliest; confidence: what the plain order goes by.
         generator: for every draw.
+        ranks: orders that do not depend on the scores, by kind; `rank` makes them.
         facts: the methods' own notes, by name.
     """
 
@@ -68,14 +68,25 @@ class State:
     temperature: float
     confidence: str
     generator: torch.Generator | None
-    rank: Tensor | None = None
     begin: int = 0
     end: int = 0
     step: int = 0
     block_step: int = 0
     steps_left: int = 0
     quota: list[int] = dataclasses.field(default_factory=list)
+    ranks: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def rank(self, kind: str) -> Tensor:
+        """[B, T] float32, the same in all steps: a `random` order of the positions or from the `left`, highest first."""
+        if kind not in self.ranks:
+            made = torch.empty(self.tokens.shape, device=self.tokens.device)
+            if kind == "left":
+                made.copy_(-torch.arange(made.shape[1], device=made.device, dtype=made.dtype))
+            else:
+                made.uniform_(generator=self.generator)
+            self.ranks[kind] = made
+        return self.ranks[kind]
 
     @property
     def open(self) -> Tensor:
@@ -86,9 +97,9 @@ class State:
 
     def ahead(self) -> Tensor | None:
         """[B, T] bool, what the plain order will decide in the coming step; None where the scores decide that."""
-        if self.rank is None:
+        if self.confidence not in ("random", "left"):
             return None
-        return best(self.rank.masked_fill(~self.open, -torch.inf), self.quota)
+        return best(self.rank(self.confidence).masked_fill(~self.open, -torch.inf), self.quota)
 
 
 @dataclasses.dataclass
@@ -122,17 +133,8 @@ class Guess:
         elif kind == "entropy":
             value = -torch.distributions.Categorical(logits=self.logits, validate_args=False).entropy()
         else:
-            if state.rank is None:
-                state.rank = ranks(kind, state.tokens, state.generator)
-            value = state.rank.gather(1, self.columns)
+            value = state.rank(kind).gather(1, self.columns)
         return value.masked_fill(~self.open, -torch.inf)
-
-
-def ranks(kind: str, tokens_BT: Tensor, generator: torch.Generator | None) -> Tensor:
-    """[B, T] float32: a random order of the positions, or from left to right; the highest is the first."""
-    if kind == "left":
-        return -torch.arange(tokens_BT.shape[1], device=tokens_BT.device, dtype=torch.float32).expand(tokens_BT.shape)
-    return torch.rand(tokens_BT.shape, generator=generator, device=tokens_BT.device)
 
 
 def best(value_BC: Tensor, quota: list[int]) -> Tensor:

@@ -3,7 +3,7 @@
     decide i  where  c_i > gamma;    where no token of a row is that sure, those that the schedule decides
     c_i = p(x_i), or p(x_i) - p of the second likeliest (margin)
 
-so that the number of steps follows the text instead of being fixed (Dimple, arXiv 2505.16990, section 3.2).
+so that the number of steps follows the text instead of being fixed (Dimple, arXiv 2505.16990).
 The schedule decides at least one token, the one with the highest confidence unless `fallback` says otherwise. In
 the last of a given number of steps all are decided. p is the model's own, whatever the temperature, as the official
 code recommends (`use_original_confidence`); sampled tokens are judged by their own probability.

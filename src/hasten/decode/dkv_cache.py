@@ -3,8 +3,8 @@
 The representation of a token still changes much in the step in which it is decided, from the mask's to its own, and
 little after it. With D_t the positions decided before step t, the prompt included, a step computes (arXiv 2505.15781)
 
-    Decode:  all but D_{t-1}                          masks, and what the step before decided (section 3.2)
-    Greedy:  C_t, what step t - 1 decided, and W_t     C_t is decided now, W_t are masks around it (section 3.3)
+    Decode:  all but D_{t-1}                          masks, and what the step before decided
+    Greedy:  C_t, what step t - 1 decided, and W_t     C_t is decided now, W_t are masks around it
 
 and everything every `refresh` steps and at the beginning of a block. `prefill` computes all but the prompt, and the
 prompt once; `pd` is Decode with a prompt that is never computed again.

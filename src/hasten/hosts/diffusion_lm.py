@@ -139,6 +139,13 @@ class DiffusionLMHost(DecoderHost):
         """As every host's, with attention in both directions."""
         return super().forward(({"is_causal": False} if self._native else {}) | inputs)
 
+    @property
+    def _takes_4d(self) -> bool:
+        """Whether a mask of keys goes to SDPA as it is; else the model makes one from [B, T]."""
+        if self._native:
+            return self.model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+        return hasattr(self.model, "diffusion_generate")  # Dream's own code
+
     @functools.cached_property
     def sees_both_ways(self) -> bool:
         """Whether a token's scores depend on the token after it when the host calls the model."""
@@ -199,8 +206,7 @@ class DiffusionLMHost(DecoderHost):
             for name, rows in given.items():
                 given[name] = rows[:, at] if at.ndim == 1 else rows.expand(len(at), -1).gather(1, at)
         if real_BT is not None:
-            sdpa = self._native and self.model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
-            given["attention_mask"] = real_BT[:, None, None] if sdpa else real_BT
+            given["attention_mask"] = real_BT[:, None, None] if self._takes_4d else real_BT
         if cache is not None:
             cache.at = at
             given["past_key_values"] = cache
