@@ -15,6 +15,7 @@ BUNDLED = {
     "stdlib-rag": "hasten.workloads.stdlib_rag",
     "stdlib-denoiser": "hasten.workloads.stdlib_denoiser",
     "sums-lm": "hasten.workloads.reasoning",
+    "speed-bench": "hasten.workloads.speed_bench",
     "digits-vit": "hasten.workloads.digits_vit",
     "digits-dit": "hasten.workloads.digits_dit",
 }
