@@ -116,6 +116,7 @@ def to_line(full: str, result: Comparison) -> dict[str, Any]:
         "misses": row.misses,
         "misses_base": row.misses_base,
         "lossless": row.lossless,
+        "drafting": row.drafting,
         "facts": numbers["facts"],
         "verdict": row.verdict,
         "why": row.why,

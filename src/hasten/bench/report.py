@@ -150,6 +150,7 @@ def _row(group: Group, row: Row, n: int, memory: bool) -> str:
 def _reasons(group: Group) -> str:
     found = [f"<li>{_text(row.plan)}: {_text(row.why)}.</li>" for row in group.rows if row.why]
     found += [f"<li>{_text(row.plan)}: {_text(row.lossless)}.</li>" for row in group.rows if row.lossless]
+    found += [f"<li>{_text(row.plan)}: {_text(row.drafting)}.</li>" for row in group.rows if row.drafting]
     red = [f"<li>{_text(row.plan)}: its tests fail at this source.</li>" for row in group.rows if row.gate == "red"]
     return f'<ul class="soft">{"".join(found + red)}</ul>' if found or red else ""
 

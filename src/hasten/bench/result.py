@@ -37,6 +37,7 @@ class Row:
     quality_high: float | None = None
     quality_verdict: str | None = None
     lossless: str | None = None
+    drafting: str | None = None
     peak_bytes: int | None = None
     peak_base: int | None = None
     held_bytes: int | None = None

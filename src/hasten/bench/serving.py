@@ -20,6 +20,7 @@ from hasten.workloads.base import Workload
 
 BLOCK_SECONDS = 2.0
 LOSSLESS_REQUESTS = 8
+DRAFTED_REQUESTS = 4
 
 
 @dataclasses.dataclass
@@ -61,6 +62,7 @@ def compare_serving(session: Session, rows: list[Row], baseline: dict[str, Any])
     _quality(session, arms, rows, baseline)
     _lossless(session, arms, rows, requests)
     _bytes_and_operations(arms, rows, baseline, workload, requests[0])
+    _drafting(arms, rows, workload, requests[:DRAFTED_REQUESTS])
     if session.memory:
         _memory(session, arms, rows, baseline)
     _time(session, arms, rows, baseline, requests)
@@ -112,6 +114,24 @@ def _bytes_and_operations(
     for row, bytes_held, operations_done in zip(rows, held[1:], counted[1:], strict=True):
         row.held_bytes, row.held_base = bytes_held, held[0]
         row.operations, row.operations_base = operations_done, counted[0]
+
+
+def _drafting(arms: list[Arm], rows: list[Row], workload: Workload, requests: list[Any]) -> None:
+    """How much of what was drafted was accepted, for the plans that draft."""
+    from hasten.decode.base import speculation
+
+    for row, arm in zip(rows, arms[1:], strict=True):
+        spec = speculation(arm.handle.host)
+        if spec is None:
+            continue
+        drafted = accepted = tokens = passes = 0
+        for request in requests:
+            workload.serve(arm.handle, request)
+            found = spec.counters
+            drafted, accepted = drafted + found.drafted, accepted + found.accepted
+            tokens, passes = tokens + found.tokens, passes + found.target_passes
+        share = f"{accepted / drafted:.0%} of drafted tokens accepted, " if drafted else ""
+        row.drafting = f"{share}{tokens / max(1, passes):.2f} tokens a pass of the target"
 
 
 def memory_of(workload: str, plan: str, mode: str) -> Iterator[str]:
