@@ -17,11 +17,14 @@ def plain(model=None):
 
 
 @torch.no_grad()
-def llada(model, ids, new, steps, block):
+def llada(model, ids, new, steps, block, blockwise=False):
     """Low-confidence remasking of one row as the paper's algorithm 5 has it, at temperature 0."""
     ids = torch.cat([ids, torch.full((1, new), MASK)], 1)
     start, length = ids.shape[1] - new, ids.shape[1]
     mask = torch.ones(1, 1, length, length, dtype=torch.bool)
+    if blockwise:
+        place = torch.arange(length) // block
+        mask = (place[None] <= place[:, None])[None, None]
     for begin in range(start, length, block):
         count, each = block, steps // (new // block)
         for step in range(each):
@@ -46,6 +49,37 @@ def test_it_is_the_samplers_of_the_paper(kind, new, steps, block):
     assert torch.equal(got, wanted)
     assert counters.forwards == steps and counters.tokens == new and counters.share == 1
     assert max(counters.committed) - min(counters.committed) <= 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_blocks_that_see_none_behind_them(attention):
+    model = tiny("qwen3", block_length=4)
+    prompt = hidden(2)["input_ids"][:, :8]
+    wanted = [llada(model, row[None], 12, 12, 4, blockwise=True)[0] for row in prompt]
+    model.set_attn_implementation(attention)
+    got, counters = denoise(plain(model).host, prompt, max_new_tokens=12, blockwise=True)
+    assert torch.equal(got, torch.stack(wanted))
+    assert counters.computed == [24] * 4 + [32] * 4 + [40] * 4, "later blocks are not computed"
+    ids = torch.cat([torch.zeros(2, 4, dtype=torch.long), prompt], 1)
+    padded = {"input_ids": ids, "attention_mask": (torch.arange(12) > 3).long().expand(2, -1)}
+    assert torch.equal(plain(model).generate(padded, max_new_tokens=12, blockwise=True)[:, 4:], got)
+    for refresh in (1, 3):
+        cached = hasten.apply(tiny("qwen3", block_length=4), f"decode/dkv_cache(refresh={refresh})")
+        cached.model.set_attn_implementation(attention)
+        found, counters = denoise(cached.host, prompt, max_new_tokens=12, blockwise=True)
+        assert refresh > 1 or torch.equal(found, got)
+        assert (counters.share < 1) == (refresh > 1) and not (found == MASK).any()
+
+
+def test_a_prompt_that_ends_inside_a_block():
+    model = tiny(block_length=4)
+    prompt = hidden(1)["input_ids"][:, :6]
+    got, counters = denoise(plain(model).host, prompt, max_new_tokens=5, blockwise=True)
+    assert counters.computed == [8, 8, 11, 11, 11] and got.shape == (1, 11)
+    with pytest.raises(UsageError, match="padded by a multiple of block_length=4"):
+        plain(model).generate(hidden(3), blockwise=True)
+    with pytest.raises(UsageError, match="block_length=N"):
+        plain().generate(prompt, max_new_tokens=4, blockwise=True)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

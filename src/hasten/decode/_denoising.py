@@ -24,8 +24,8 @@ __all__ = ["CONFIDENCE", "UNDECIDED", "Counters", "Denoising", "Guess", "State",
 
 SEAMS = {"denoise.order": "denoise_order", "denoise.cache": "denoise_cache"}
 KNOWN = (
-    "input_ids", "attention_mask", "max_new_tokens", "steps", "block_length", "temperature", "confidence", "seed",
-    "generator", "eos_token_id",
+    "input_ids", "attention_mask", "max_new_tokens", "steps", "block_length", "blockwise", "temperature", "confidence",
+    "seed", "generator", "eos_token_id",
 )  # fmt: skip
 
 
@@ -86,7 +86,10 @@ def denoise(host: Any, inputs: Any = None, **options: Any) -> tuple[Tensor, Coun
         inputs: token ids [B, T], or a dict with `input_ids` and perhaps `attention_mask`. Masks may stand anywhere.
         options: `max_new_tokens`: masks put behind the inputs, 0. `block_length`: of the parts of the new text (of all
             columns where the inputs hold masks) that are filled in one after another; by default one part. `steps`:
-            forwards in all, as many for each block; by default one a token. `temperature`: 0 for the likeliest
+            forwards in all, as many for each block; by default one a token. `blockwise`: whether a token sees its own
+            block and those before it only, as the model was trained (block diffusion, arXiv 2503.09573); blocks are
+            counted from the first token of the prompt then, and the first one to fill in may be a shorter one.
+            `temperature`: 0 for the likeliest
             tokens. `confidence`: which go first, `probability`, `margin`, `entropy`, `random` or `left` (the first
             ones). `seed` or `generator`: for draws. `eos_token_id`: what ends the new text, as the model has it.
 
@@ -137,6 +140,7 @@ class Request:
         max_new_tokens: int = 0,
         steps: int | None = None,
         block_length: int | None = None,
+        blockwise: bool | None = None,
         temperature: float = 0.0,
         confidence: str = "probability",
         seed: int | None = None,
@@ -165,7 +169,15 @@ class Request:
         if self.real is not None:
             self.masked &= self.real
         self._check_masks(max_new_tokens)
-        self.blocks = self._blocks(block_length, bool(self.masked[:, :prompt].any()))
+        if self.real is None:
+            self.positions = torch.arange(self.masked.shape[1], device=device)
+        else:
+            self.positions = (self.real.long().cumsum(1) - 1).clamp(min=0)
+        infill, self.sees = bool(self.masked[:, :prompt].any()), None
+        if host.blockwise if blockwise is None else blockwise:
+            self.blocks = self._aligned(block_length or host.block_length, infill)
+        else:
+            self.blocks = self._blocks(block_length, infill)
         self.steps_per_block = self._steps(steps)
         ends = host.end_tokens if eos_token_id is None else eos_token_id
         self.ends = (tuple(ends) if isinstance(ends, Iterable) else (ends,)) if max_new_tokens else ()
@@ -211,6 +223,22 @@ class Request:
             raise UsageError(f"block_length={length} does not divide {what} {end - begin} tokens evenly")
         return [(start, start + length) for start in range(begin, end, length)]
 
+    def _aligned(self, length: int | None, infill: bool) -> list[tuple[int, int]]:
+        """Blocks counted from the first token, and the mask with which a token sees none behind its own."""
+        if length is None or length < 1:
+            raise UsageError("blockwise needs the length of the blocks that the model was trained with: block_length=N")
+        if self.real is not None and bool(((~self.real).sum(1) % length != 0).any()):
+            raise UsageError(
+                f"blockwise needs rows padded by a multiple of block_length={length}, or one row at a time"
+            )
+        place = self.positions.view(-1, self.masked.shape[1]) // length
+        self.sees = (place[:, None, None] <= place[:, None, :, None]) & (
+            True if self.real is None else self.real[:, None, None]
+        )
+        first = 0 if infill else self.new_from // length * length
+        starts = range(first, self.masked.shape[1], length)
+        return [(max(start, 0 if infill else self.new_from), min(start + length, starts.stop)) for start in starts]
+
     def _steps(self, steps: int | None) -> int | None:
         if steps is None:
             return None
@@ -225,14 +253,10 @@ class Request:
     def loop(self) -> Loop:
         """The loop with whatever is installed on the host, ready to run."""
         host, masked = self.host, self.masked
-        if self.real is None:
-            positions = torch.arange(masked.shape[1], device=masked.device)
-        else:
-            positions = (self.real.long().cumsum(1) - 1).clamp(min=0)
         decided_at = torch.where(masked, UNDECIDED, -1)
         state = State(
-            host, self.tokens, masked, decided_at, self.real, positions, self.temperature, self.confidence,
-            self.generator,
+            host, self.tokens, masked, decided_at, self.real, self.positions, self.temperature, self.confidence,
+            self.generator, self.sees,
         )  # fmt: skip
         order, policy = (getattr(host, name, None) for name in SEAMS.values())
         return Loop(state, order, policy, self.new_from, self.ends, self.fill)

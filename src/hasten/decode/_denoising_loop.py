@@ -50,6 +50,7 @@ class State:
         masked: [B, T] bool, which positions are undecided.
         decided_at: [B, T], the step that decided a position; -1 where it was given, `UNDECIDED` where masked.
         real: [B, T] bool, False at padding; None where there is none. positions: [T] or [B, T].
+        sees: [1 or B, 1, T, T] bool, which keys each position sees; None for all that are real.
         begin, end: the columns of the present block. step: forwards so far; block_step: those in this block.
         steps_left: forwards that this block may still have, the coming one included.
         quota: for each row the tokens that the schedule decides in this step.
@@ -68,6 +69,7 @@ class State:
     temperature: float
     confidence: str
     generator: torch.Generator | None
+    sees: Tensor | None = None
     begin: int = 0
     end: int = 0
     step: int = 0
@@ -78,7 +80,7 @@ class State:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def rank(self, kind: str) -> Tensor:
-        """[B, T] float32, the same in all steps: a `random` order of the positions or from the `left`, highest first."""
+        """[B, T] float32, the same in all steps: a `random` order of the positions or that from the `left`."""
         if kind not in self.ranks:
             made = torch.empty(self.tokens.shape, device=self.tokens.device)
             if kind == "left":
@@ -153,6 +155,15 @@ def best(value_BC: Tensor, quota: list[int]) -> Tensor:
     return chosen & (value_BC > -torch.inf)
 
 
+def rows_of(mask: Tensor, at: Tensor | None) -> Tensor:
+    """The rows of a mask [1 or B, 1, T, T] that belong to the computed positions, [Q] or [B, Q]."""
+    if at is None:
+        return mask
+    if at.ndim == 1:
+        return mask[:, :, at]
+    return mask.expand(len(at), -1, -1, -1).gather(2, at[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
+
+
 def plain_choice(state: State, guess: Guess) -> tuple[Tensor, Tensor]:
     """The plain order: the most confident open positions, as many as the schedule says."""
     return best(guess.confidence(state.confidence, state), state.quota), guess.tokens
@@ -217,12 +228,20 @@ class Loop:
             active = self.policy.active(state)
             at = None if active is None else self.places(active, open_BT)
         columns, keep = self.columns(open_BT, at)
+        # where later blocks are not seen they are not computed, but a cache holds all positions
+        end = state.tokens.shape[1] if state.sees is None or self.cache is not None else state.end
+        mask = None if state.sees is None else rows_of(state.sees[:, :, :end, :end], at)
         logits = host.scores(
-            state.tokens, real_BT=state.real, positions=state.positions, at=at, keep=keep, cache=self.cache
+            state.tokens[:, :end],
+            real_BT=None if state.real is None else state.real[:, :end],
+            positions=state.positions[..., :end],
+            at=at,
+            keep=keep,
+            cache=self.cache,
+            mask=mask,
         )
         self.counters.forwards += 1
-        computed = state.tokens.numel() if at is None else at.shape[-1] * len(state.tokens)
-        self.counters.computed.append(computed)
+        self.counters.computed.append((end if at is None else at.shape[-1]) * len(state.tokens))
         open_BC = open_BT.gather(1, columns)
         if at is not None and at.ndim == 2:  # a place may be named twice there, and the last one has no next
             open_BC[:, 1:] &= at[:, 1:] > at[:, :1]

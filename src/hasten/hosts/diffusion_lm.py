@@ -18,6 +18,7 @@ from hasten.core.errors import UsageError
 from hasten.hosts.decoders import DecoderHost
 
 SHIFTED = ("dream", "dimple")  # their scores at a position are those of the next one, as in the models they began as
+BLOCKWISE = ("sdar",)
 
 
 class PlaceLayer(CacheLayerMixin):
@@ -81,6 +82,7 @@ class DiffusionLMHost(DecoderHost):
         mask_token: the token that stands for what is not known yet.
         shifted: whether the scores at position i are those of the token at i + 1 (Dream); else at i.
         block_length: of the blocks that the model was trained to fill in one after another, None where unknown.
+        blockwise: whether a token sees its own block and those before it only (SDAR); else all tokens.
     """
 
     kind = "diffusion_lm"
@@ -115,6 +117,7 @@ class DiffusionLMHost(DecoderHost):
         self.shifted = bool(getattr(config, "shifted", usual)) if shifted is None else shifted
         length = getattr(config, "block_length", None) or getattr(config, "block_size", None)
         self.block_length: int | None = length if block_length is None else block_length
+        self.blockwise = str(getattr(config, "model_type", "")).lower().startswith(BLOCKWISE)
         self._native = any(one.__module__.startswith("transformers.models.") for one in type(model).__mro__)
         self._takes = inspect.signature(model.forward).parameters
 
@@ -145,6 +148,16 @@ class DiffusionLMHost(DecoderHost):
         if self._native:
             return self.model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
         return hasattr(self.model, "diffusion_generate")  # Dream's own code
+
+    def _explicit(self, mask: torch.Tensor) -> torch.Tensor:
+        """A mask of four dimensions as the model's attention takes it."""
+        if self._takes_4d:
+            return mask
+        if not self._native or self.model.config._attn_implementation != "eager":  # type: ignore[union-attr]
+            name = type(self.model).__name__
+            raise UsageError(f"{name} takes no mask of its own making: load it with attn_implementation='sdpa'")
+        dtype = self.model.dtype
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)  # type: ignore[arg-type,call-overload]
 
     @functools.cached_property
     def sees_both_ways(self) -> bool:
@@ -186,6 +199,7 @@ class DiffusionLMHost(DecoderHost):
         at: torch.Tensor | None = None,
         keep: torch.Tensor | None = None,
         cache: PlaceCache | None = None,
+        mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One forward with attention in both directions: the model's logits, [B, C, V], not moved by `shifted`.
 
@@ -196,6 +210,7 @@ class DiffusionLMHost(DecoderHost):
             at: the positions that are computed, [Q] or [B, Q]; the others' keys are read from `cache`. All where None.
             keep: [C], which of the Q are given scores; all where None.
             cache: from `place_cache`, once filled by a forward of all positions.
+            mask: which keys each computed position sees, bool [1 or B, 1, Q, T]; takes the place of `real_BT`.
         """
         given: dict[str, Any] = {"input_ids": tokens_BT}
         if positions is None and cache is not None:
@@ -205,7 +220,9 @@ class DiffusionLMHost(DecoderHost):
         if at is not None:
             for name, rows in given.items():
                 given[name] = rows[:, at] if at.ndim == 1 else rows.expand(len(at), -1).gather(1, at)
-        if real_BT is not None:
+        if mask is not None:
+            given["attention_mask"] = self._explicit(mask)
+        elif real_BT is not None:
             given["attention_mask"] = real_BT[:, None, None] if self._takes_4d else real_BT
         if cache is not None:
             cache.at = at
