@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]  # a weight and its bias, or keys and values
 
 
 def standard(x: Tensor) -> Tensor:
@@ -108,7 +108,9 @@ class ImageLocal(ImageHead):
         self.shift = nn.Parameter(torch.zeros(width)) if depthwise else None
 
     def begin(self) -> None:
-        self.norms = nn.ModuleList(nn.BatchNorm1d(self.first.out_features) for _ in range(2 + (self.taps is not None)))
+        self.norms: Any = nn.ModuleList(
+            nn.BatchNorm1d(self.first.out_features) for _ in range(2 + (self.taps is not None))
+        )
 
     def weights(self) -> dict[str, Any]:
         made = super().weights() | {
@@ -126,23 +128,21 @@ class ImageLocal(ImageHead):
         norms = [lambda z, norm=norm: norm(z.flatten(0, 1)).view_as(z) for norm in self.norms]
         z = norms[0](F.gelu(self.first(patches)))
         if self.taps is not None:
-            z = norms[1](F.gelu(convolved(z, (self.taps.weight, self.taps.bias), grid)))
+            z = norms[1](F.gelu(convolved(z, self.weights()["taps"], grid)))
         return norms[-1](self.last(z)) + patches
 
     @torch.no_grad()
     def fold(self) -> None:
         affine = []
         for norm in self.norms:
-            scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
-            affine.append((scale, norm.bias - norm.running_mean * scale))  # type: ignore[operator]
-        if self.taps is not None:
-            self.scale.copy_(affine[0][0])  # type: ignore[union-attr]
-            self.shift.copy_(affine[0][1])  # type: ignore[union-attr]
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            affine.append((scale, norm.bias - norm.running_mean * scale))
+        if self.scale is not None and self.shift is not None:
+            self.scale.copy_(affine[0][0])
+            self.shift.copy_(affine[0][1])
         before, after = affine[-2], affine[-1]
-        self.last.bias += self.last.weight @ before[1]
-        self.last.weight *= before[0]
-        self.last.bias.mul_(after[0]).add_(after[1])
-        self.last.weight *= after[0][:, None]
+        self.last.bias.add_(self.last.weight @ before[1]).mul_(after[0]).add_(after[1])
+        self.last.weight.mul_(before[0]).mul_(after[0][:, None])
         del self.norms
 
 
@@ -361,4 +361,5 @@ def descend(
             optimizer.step()
             schedule.step()
             total += loss.item() / len(parts)
+    optimizer.zero_grad()
     return total

@@ -58,7 +58,7 @@ class LaggingLayer(DynamicLayer):
     def _each(self, change: Any) -> None:
         self.waiting = [one.over(lambda t: change(t) if t.shape[0] > 1 else t) for one in self.waiting]
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
 

@@ -76,7 +76,7 @@ class TokenExits:
     def memory(self, cache: Any, index: int) -> LaggingLayer:
         return next(layer for layer in cache.layers if getattr(layer, "owner", -1) == index)
 
-    def end_prompt(self, now: _TokenPass, mask: torch.Tensor | None) -> None:
+    def end_prompt(self, now: _TokenPass) -> None:
         """From here on layers may lag; exits that remember get a layer of the cache with the prompt in it."""
         first = next(one.index for one in self.blocks if one.exit is not None)
         for index, place in self.place.items():
@@ -179,7 +179,7 @@ class _TokenBlock:
             elif self.exit is not None and self.exit.memory:
                 now.seen[self.index] = out
         if self.index == shared.depth - 1:
-            out = self._end(now, out, given.get("attention_mask"))
+            out = self._end(now, out)
         return (out,) + (None,) * (shared.length - 1) if shared.length else out
 
     def _skip(self, now: _TokenPass, x: torch.Tensor, given: dict[str, Any]) -> None:
@@ -227,9 +227,9 @@ class _TokenBlock:
         if whole and x.shape[1] == 1:
             now.logits = logits
 
-    def _end(self, now: _TokenPass, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _end(self, now: _TokenPass, x: torch.Tensor) -> torch.Tensor:
         if not now.decoding:
-            self.shared.end_prompt(now, mask)
+            self.shared.end_prompt(now)
         elif now.left is None:
             self.shared.count(self.shared.depth, x.shape[0] * x.shape[1])
         else:
