@@ -94,16 +94,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="go on from OUT/denoiser.tmp, which so many steps made")
     parser.add_argument("--out", default=str(HOME))
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
+    rng = np.random.default_rng([args.seed, args.first])
     model, data = stdlib_denoiser(seed=args.seed).train(), text.stream(False)
+    if args.first:
+        model.load_state_dict(torch.load(pathlib.Path(args.out) / "denoiser.tmp"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
     started = time.perf_counter()
-    for step in range(args.steps):
+    for step in range(args.first, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / 300, (1 - step / args.steps) / 0.5 + 0.005)
+            group["lr"] = args.lr * min(1.0, (step - args.first + 1) / 300, (1 - step / args.steps) / 0.5 + 0.005)
         with torch.autocast("cpu", torch.bfloat16):
             if step % 2:
                 ids = windows(data, args.rows, 192, rng)
@@ -121,7 +124,7 @@ def main() -> None:
     from hasten.workloads.weights import save_rows
 
     save_rows(model, pathlib.Path(args.out) / "denoiser.safetensors")
-    given = f"--steps {args.steps} --rows {args.rows} --lr {args.lr} --seed {args.seed}"
+    given = f"--steps {args.steps} --first {args.first} --rows {args.rows} --lr {args.lr} --seed {args.seed}"
     record = {
         "command": f"python scripts/make_denoiser_weights.py {given}",
         "seed": args.seed,
