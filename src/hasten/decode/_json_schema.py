@@ -31,7 +31,7 @@ NOTES = {"title", "description", "default", "examples", "deprecated", "readOnly"
 class Schema(Constraint):
     """The JSON texts of a schema."""
 
-    def __init__(self, schema: Any, spaces: int = 20) -> None:
+    def __init__(self, schema: Any, spaces: int = 1) -> None:
         """schema: parsed JSON; spaces: most whitespace bytes in a row.
 
         Raises:
@@ -53,15 +53,19 @@ class Schema(Constraint):
         return state == {()}
 
 
+def is_inline(text: str) -> bool:
+    """Whether a text is a schema, not the name of a file."""
+    return text.lstrip().startswith(("{", "true", "false"))
+
+
 def read_schema(text: str) -> Any:
     """The schema in a text, or in the file that the text names.
 
     Raises:
         UsageError: no such file, or no JSON.
     """
-    inline = text.lstrip().startswith(("{", "true", "false"))
     try:
-        return json.loads(text if inline else pathlib.Path(text).read_text())
+        return json.loads(text if is_inline(text) else pathlib.Path(text).read_text())
     except OSError:
         raise UsageError(f"the schema {text[:80]!r} is neither JSON nor a file: give one of them") from None
     except ValueError as error:
