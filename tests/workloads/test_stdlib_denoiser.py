@@ -49,7 +49,7 @@ def test_quality_of_continuing_is_what_the_target_needs_for_it():
         def __init__(self, text):
             self.text = text
 
-        def generate(self, ids, steps, max_new_tokens, block_length):
+        def generate(self, ids, steps, max_new_tokens, block_length, blockwise):
             assert (steps, max_new_tokens, block_length) == (4, 8, 4)
             return torch.cat([ids, self.text], 1)
 
@@ -73,11 +73,23 @@ def test_other_inputs():
     assert workload.tasks() == ("infill", "continue")
 
 
+def test_blockwise_text_is_written_block_by_block():
+    workload = small(task="continue", block=4, blockwise=True)
+    handle = hasten.apply(stdlib_denoiser().eval(), "")
+    lengths = []
+    handle.model.register_forward_pre_hook(
+        lambda _, args, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    workload.serve(handle, workload.requests(0)[0])
+    assert lengths[-8:] == [28] * 4 + [32] * 4
+
+
 def test_what_does_not_fit_is_refused():
     for options, message in (
         ({"prompt": 1000, "new": 64}, "at most 1024 bytes"),
         ({"block": 8}, "block is for task=continue"),
         ({"task": "continue", "new": 10, "block": 4}, "does not divide new=10"),
+        ({"task": "continue", "block": 16, "blockwise": True, "prompt": 100}, "blockwise needs a block that divides"),
         ({"steps": 65}, "steps is at most new=64"),
         ({"task": "continue", "block": 16, "steps": 6}, "multiple of the number of blocks, 4"),
     ):
