@@ -55,7 +55,7 @@ def cases():
     yield {"args": (np.array([2**31 - 1, 5, 2**31 - 1, 6], np.int32), [2**31 - 1], 2, 1, 9, 2, 5)}  # large ids
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5, 26])
+@pytest.mark.parametrize("depth", [1, 2, 5, 26, 999])
 def test_suffixes_are_sorted(depth):
     tokens = text(200, 3, seed=0)
     order = suffix_order(tokens, depth)

@@ -102,7 +102,7 @@ def suffix_order(tokens: np.ndarray, depth: int) -> np.ndarray:
     """The places of a text sorted by the `depth` tokens from each on, at least, then by place; int32 [S]."""
     size, length = len(tokens), 1
     rank = np.unique(tokens.view(np.uint32), return_inverse=True)[1].astype(np.int64)
-    while length < depth:
+    while length < min(depth, size):
         following = np.zeros(size, dtype=np.int64)
         following[: size - length] = rank[length:] + 1
         pairs = rank * (size + 1) + following
