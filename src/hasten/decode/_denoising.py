@@ -173,7 +173,8 @@ class Request:
             self.positions = torch.arange(self.masked.shape[1], device=device)
         else:
             self.positions = (self.real.long().cumsum(1) - 1).clamp(min=0)
-        infill, self.sees = bool(self.masked[:, :prompt].any()), None
+        infill = bool(self.masked[:, :prompt].any())
+        self.sees: Tensor | None = None
         if host.blockwise if blockwise is None else blockwise:
             self.blocks = self._aligned(block_length or host.block_length, infill)
         else:

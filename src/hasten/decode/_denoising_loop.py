@@ -218,7 +218,7 @@ class Loop:
         state.block_step += 1
         state.steps_left = max(1, state.steps_left - 1)
         if self.ends is not None:
-            self.finish()
+            self.finish(self.ends)
 
     def look(self) -> Guess:
         """One forward, and what it says about the open positions."""
@@ -296,11 +296,11 @@ class Loop:
         filling = torch.arange(at.shape[1], device=at.device) >= count
         return torch.where(filling, at[:, :1], at)
 
-    def finish(self) -> None:
+    def finish(self, ends: Tensor) -> None:
         """Rows whose text has ended, with nothing undecided before its end, are filled up behind it."""
         state = self.state
         new, masked = state.tokens[:, self.new_from :], state.masked[:, self.new_from :]
-        ended = (torch.isin(new, self.ends) & (masked.cumsum(1) == 0)).long()
+        ended = (torch.isin(new, ends) & (masked.cumsum(1) == 0)).long()
         over = ended.cumsum(1) - ended > 0  # the first ending token itself stays
         new[over] = self.fill
         state.decided_at[:, self.new_from :][over & masked] = state.step - 1

@@ -43,7 +43,7 @@ def stdlib_denoiser(*, seed: int = 0) -> nn.Module:
         eos_token_id=None,
         pad_token_id=0,
         mask_token_id=MASK,
-        block_length=16,
+        block_length=16,  # type: ignore[call-arg]
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -56,7 +56,9 @@ class StdlibDenoiser(Workload):
     prompt: int = option(192, "bytes that are given: half on each side of the span, or all before it", least=2)
     new: int = option(64, "bytes to fill in", least=1)
     batch: int = option(1, "texts in one request", least=1, most=256)
-    steps: int | None = option(None, "forwards of the plain sampler; one a byte by default", least=1)
+    steps: int | None = option(  # type: ignore[assignment]
+        None, "forwards of the plain sampler; one a byte by default", least=1
+    )
     block: int | None = option(None, "bytes of the parts that are filled in one after another (task=continue)", least=1)
     blockwise: bool = option(False, "a byte sees its own block and those before it only (task=continue)")
     examples: int = option(48, "held-out examples that quality is measured on", least=8, most=4096)
