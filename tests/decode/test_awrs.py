@@ -99,8 +99,8 @@ def test_the_test_of_weights_finds_a_wrong_one(monkeypatch):
 
 @pytest.mark.parametrize(("weights", "draws"), [("geometric", 2), ("geometric", 5), ("adaptive", 2), ("none", 2)])
 def test_weights_are_right_on_average(weights, draws):
-    """By 6,000 draws; the frequencies of the tokens are those of masking whatever the weights."""
-    rows, generator = 6000, torch.Generator().manual_seed(0)
+    """By 4,000 draws; the frequencies of the tokens are those of masking whatever the weights."""
+    rows, generator = 4000, torch.Generator().manual_seed(0)
     p = torch.tensor([0.4, 0.3, 0.05, 0.25], dtype=torch.float64)
     e = torch.empty(draws, rows, 4).exponential_(generator=generator)
     tokens, logs, checks = awrs(p.expand(rows, -1), lambda _, v: v in (1, 2), e, list(range(rows)), weights, draws)
@@ -227,7 +227,7 @@ def test_texts_have_the_law_of_masking(plan, ends):
     """Two prompts of different lengths, many rows; with and without a token for the end."""
     model = tiny()
     fast = hasten.apply(model, AWRS(regex=SHORT, **plan))
-    batch = {name: value.repeat(1000, 1) for name, value in PROMPTS.items()}
+    batch = {name: value.repeat(600, 1) for name, value in PROMPTS.items()}
     given = {} if ends else {"eos_token_id": None, "suppress_tokens": None}
     out = fast.generate(**batch, max_new_tokens=8, do_sample=True, top_k=0, seed=1, **given)
     counters = speculation(fast.host).counters
@@ -246,11 +246,11 @@ def test_particles_have_the_models_own_law(plan):
     """The kept text is nearly a draw from the model given that it fits, and the mean weight is the chance that it does,
     without bias, resampling or not."""
     model = tiny()
-    fast = hasten.apply(model, AWRS(regex=SHORT, particles=24, **plan))
-    batch = {name: value.repeat(250, 1) for name, value in PROMPTS.items()}
+    fast = hasten.apply(model, AWRS(regex=SHORT, particles=20, **plan))
+    batch = {name: value.repeat(160, 1) for name, value in PROMPTS.items()}
     out = fast.generate(**batch, max_new_tokens=8, do_sample=True, seed=2)
     counters = speculation(fast.host).counters
-    assert all(counters.complete) and counters.resampled > 100 and len(counters.particles[0]) == 24
+    assert all(counters.complete) and counters.resampled > 100 and len(counters.particles[0]) == 20
     apart = []
     for row, prompt in enumerate(([1, 3, 2, 0], [2, 1])):
         exact = texts(model, prompt)
@@ -263,7 +263,7 @@ def test_particles_have_the_models_own_law(plan):
         away = sum(abs(shares[text] - chance / evidence) for text, (chance, _) in exact.items()) / 2
         local = sum(abs(shares[text] - local) for text, (_, local) in exact.items()) / 2
         apart.append((away, local))
-    assert all(away < 0.12 and local > away + 0.15 for away, local in apart), apart
+    assert all(away < 0.14 and local > away + 0.12 for away, local in apart), apart
 
 
 def test_the_end_is_forced_and_costs_no_pass():

@@ -256,7 +256,7 @@ def _geometric(
 
 @dataclasses.dataclass(frozen=True)
 class AWRS(Drafting):
-    regex: str = option("", "a regular expression that the whole text matches (Python's; see _constraints)")
+    regex: str = option("", "a Python regular expression for the whole text, without look-around and back-references")
     schema: str = option("", "a JSON schema that the text follows, inline or a file; without both: any JSON value")
     spaces: int = option(1, "most whitespace bytes in a row inside JSON; indented JSON needs more", least=0)
     tokenizer: str = option("", "folder of the tokenizer; without it the model's own, or a token is a byte")
