@@ -61,8 +61,12 @@ class Worker:
         self.stop = weakref.finalize(self, _end, self.process, self.line, self.memory, os.getpid())
         self.session = self.round = self.passes = 0
         self.busy = False
-        self._receive()
-        self._load(weights, mark)
+        try:
+            self._receive()
+            self._load(weights, mark)
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def alive(self) -> bool:
@@ -75,19 +79,15 @@ class Worker:
             self._load(_pickled(draft), mark)
 
     def _load(self, weights: bytes, mark: Any) -> None:
-        self._send(("load",))
-        self._guarded(self.line.send_bytes, weights)
-        kind, text = self._receive()
-        if kind == "unsendable":
-            self.stop()
-            raise Unsendable(text)
+        self.mark = None
+        self._ask("load", 0, weights)
         self.mark = mark
 
     def open(self, order: Order) -> None:
         """Begins a call.
 
         Raises:
-            Unsendable: its logits processors can't be pickled.
+            Unsendable: its logits processors can't be pickled, or not be found in another process.
         """
         try:
             packed = pickle.dumps(order)
@@ -96,35 +96,46 @@ class Worker:
         floats = 2 * order.most * len(order.ids) * order.words if order.sampled else 0
         if floats > self.floats:
             self.map, self.floats = _mapped(self.memory, floats), floats
-        self.session, self.round, self.passes, self.busy = self.session + 1, 0, 0, True
+        self.session, self.round, self.passes = self.session + 1, 0, 0
         self.sampled, self.count, self.width, self.words = order.sampled, 0, len(order.ids), order.words
-        self._send(("open", self.session, floats))
-        self._guarded(self.line.send_bytes, packed)
+        self._ask("open", self.session, packed, floats)
+        self.busy = True
 
     def order(self, heard: Heard | None, going: list[int] | None, count: int) -> None:
         self.round, self.count = self.round + 1, count
         self.width = self.width if going is None else len(going)
-        self._send(("draft", self.session, self.round, heard, going, count))
+        self._send(("drafts", self.session, self.round, heard, going, count))
 
     def collect(self) -> tuple[list[list[int]], Tensor | None]:
-        reply = self._receive()
-        while reply[1:3] != (self.session, self.round):  # of a call that was broken off
-            reply = self._receive()
-        self.passes = reply[4]
-        return reply[3], self._half(self.round).transpose(0, 1) if self.sampled else None
+        made, self.passes = self._answer_to("drafts", self.session, self.round)
+        return made, self._half(self.round).transpose(0, 1) if self.sampled else None
 
     def close(self) -> None:
         self.busy = False
         if self.alive:
             with contextlib.suppress(HastenError):  # the next call starts another
-                self._send(("close",))
+                self._send(("close", self.session))
 
     def _half(self, turn: int) -> Tensor:
         """q of a round, [count, B, V]: two rounds' lie side by side, as one is judged while the next is drafted."""
         return _part(self.map, turn, self.count, self.width, self.words)
 
+    def _ask(self, kind: str, session: int, packed: bytes, *more: Any) -> None:
+        self._send((kind, session, packed, *more))
+        (problem,) = self._answer_to(kind, session)
+        if problem:
+            raise Unsendable(problem)
+
     def _send(self, message: tuple[Any, ...]) -> None:
         self._guarded(self.line.send_bytes, pickle.dumps(message))
+
+    def _answer_to(self, *question: Any) -> Any:
+        """The reply to a question; those that come before it are of calls that were broken off."""
+        size = len(question)
+        reply = self._receive()
+        while reply[:size] != question:
+            reply = self._receive()
+        return reply[size:]
 
     def _receive(self) -> Any:
         if not self._guarded(self.line.poll, PATIENCE):
@@ -178,16 +189,15 @@ def worker_of(drafter: Any) -> Worker | str:
     found = _workers.get(drafter)
     if isinstance(found, str):
         return found
-    if found is not None and found.alive:
-        if found.busy:
-            return "its drafting process serves another call at this moment"
-        found.refresh(drafter.model)
-        return found
+    if found is not None and found.busy and found.alive:
+        return "its drafting process serves another call at this moment"
     made: Worker | str | None = _hindrance(drafter.model)
     if made is None:
         try:
-            made = Worker(drafter.model)
+            made = found if found is not None and found.alive else Worker(drafter.model)
+            made.refresh(drafter.model)
         except Unsendable as problem:
+            release(drafter)
             made = str(problem)
     _workers[drafter] = made
     return made
@@ -281,30 +291,35 @@ def _answer(line: Any, memory: int) -> None:
     model: Any = None
     ahead: Ahead | None = None
     floats = torch.empty(0)
-    rows = words = session = 0
+    rows = words = 0
     while True:
-        kind, *given = pickle.loads(line.recv_bytes())
+        kind, session, *given = pickle.loads(line.recv_bytes())
+        problem = ""
         if kind == "load":
-            packed = line.recv_bytes()
             try:
-                model, reply = torch.load(io.BytesIO(packed), weights_only=False), ("loaded", "")
-            except Exception as problem:
-                reply = ("unsendable", f"the draft can't be rebuilt in another process ({problem})")
-            line.send_bytes(pickle.dumps(reply))
+                model = torch.load(io.BytesIO(given[0]), weights_only=False)
+            except Exception as failure:
+                problem = f"the draft can't be rebuilt in another process ({failure})"
+            reply: tuple[Any, ...] = (problem,)
         elif kind == "open":
-            session, size = given
-            order = pickle.loads(line.recv_bytes())
-            if size > len(floats):
-                floats = _mapped(memory, size)
-            ahead, rows, words = Ahead(model, order), len(order.ids), order.words
-        elif kind == "close":
-            ahead = None
-        elif kind == "draft" and ahead is not None:
-            _, turn, heard, going, count = given
+            try:
+                order = pickle.loads(given[0])
+            except Exception as failure:
+                problem = f"its logits processors can't be sent to another process ({failure})"
+            else:
+                floats = _mapped(memory, given[1]) if given[1] > len(floats) else floats
+                ahead, rows, words = Ahead(model, order), len(order.ids), order.words
+            reply = (problem,)
+        elif kind == "drafts" and ahead is not None:
+            turn, heard, going, count = given
             rows = rows if going is None else len(going)
             out = _part(floats, turn, count, rows, words) if ahead.scores.sampled else None
             ahead.order(heard, going, count, out)
-            line.send_bytes(pickle.dumps(("drafts", session, turn, ahead.made, ahead.passes)))
+            reply = (turn, ahead.made, ahead.passes)
+        else:
+            ahead = None
+            continue
+        line.send_bytes(pickle.dumps((kind, session, *reply)))
 
 
 def _leave_with(parent: int) -> None:

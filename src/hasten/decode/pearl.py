@@ -45,7 +45,7 @@ CARD = Card(
     claimed=4.43,
     identity="none: a checked pass has another shape than a single step, so logits may differ in the last bits; "
     "the tokens are held to be the same",
-    experiment=("stdlib-lm(task=generate)", "decode/pearl"),
+    experiment=("stdlib-lm(task=generate)", "decode/pearl(candidates=7)"),
     when="As speculative decoding, where a second core (or more) idles while the target runs: a draft that costs a "
     "third to a tenth of the target and often agrees, small batches.",
     when_not="One core, a machine that is busy already, models on one GPU, or memory too scarce for a second process; "
