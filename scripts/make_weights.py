@@ -4,7 +4,7 @@
     python scripts/make_weights.py draft       # its 0.4M-weight draft
     python scripts/make_weights.py digits_vit  # the ViT of digits-vit: 16x16 pixels first, then 32x32
 
-Each writes NAME.safetensors (bfloat16) and NAME.json, which records this command, the seed, the versions and the
+Each writes NAME.safetensors (bfloat16; the draft 8 bits a row) and NAME.json, which records this command, the seed, the versions and the
 quality.
 """
 
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from hasten.workloads import digits_vit, models, text
 from hasten.workloads.digits import digits
+from hasten.workloads.weights import save_rows
 
 HOME = pathlib.Path(__file__).resolve().parents[1] / "src/hasten/workloads/weights"
 
@@ -119,8 +120,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model, quality = image_model(args) if args.name == "digits_vit" else language_model(args.name, args)
     HOME.mkdir(parents=True, exist_ok=True)
-    state = {k: v.bfloat16().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    save_file(state, HOME / f"{args.name}.safetensors")
+    if args.name == "draft":
+        save_rows(model, HOME / "draft.safetensors")
+        quality["bits_per_byte"] = bits_per_byte(model)
+    else:
+        state = {k: v.bfloat16().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+        save_file(state, HOME / f"{args.name}.safetensors")
     record = {
         "command": f"python scripts/make_weights.py {args.name} --seed {args.seed} --lr {args.lr}"
         + (f" --tokens {quality['bytes_seen']}" if "bytes_seen" in quality else "")

@@ -7,7 +7,9 @@ import hasten
 from hasten.workloads import text, weights
 
 
-@pytest.mark.parametrize("name", ["target", "draft", "digits_vit", "digits_dit", "digits_unet", "digits_classifier"])
+@pytest.mark.parametrize(
+    "name", ["target", "draft", "denoiser", "digits_vit", "digits_dit", "digits_unet", "digits_classifier"]
+)
 def test_records_name_the_command(name):
     record = weights.record(name)
     assert record["command"].startswith("python scripts/make_") and "seed" in record["command"]

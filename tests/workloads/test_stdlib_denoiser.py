@@ -6,7 +6,6 @@ import torch
 
 import hasten
 from hasten.core.errors import UsageError
-from hasten.workloads import weights
 from hasten.workloads.stdlib_denoiser import MASK, StdlibDenoiser, repeated, stdlib_denoiser
 
 
@@ -97,7 +96,6 @@ def test_what_does_not_fit_is_refused():
             StdlibDenoiser(**options)
 
 
-@pytest.mark.skipif(not (weights.HOME / "denoiser.safetensors").exists(), reason="the weights are not trained yet")
 def test_the_model_fills_in_more_than_chance():
     workload = hasten.workload("stdlib-denoiser(prompt=120, new=8, examples=32, batch=8)")
     assert workload.quality(hasten.apply(workload.trained(), "")).mean() > 0.3
