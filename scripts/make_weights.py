@@ -4,8 +4,8 @@
     python scripts/make_weights.py draft       # its 0.4M-weight draft
     python scripts/make_weights.py digits_vit  # the ViT of digits-vit: 16x16 pixels first, then 32x32
 
-Each writes NAME.safetensors (bfloat16; the draft 8 bits a row) and NAME.json, which records this command, the seed, the versions and the
-quality.
+Each writes NAME.safetensors (bfloat16; the draft in 8 bits a row) and NAME.json, which records this command, the seed,
+the versions and the quality.
 """
 
 import argparse

@@ -28,7 +28,7 @@ class Card:
         claimed: that figure as a speed ratio (1.0 is no change), or None where the paper gives none.
         identity: options under which nothing may change, or a sentence that says why there are none.
         needs: what must be handed over or be there: calibration, draft, teacher, cuda, steps.
-        hosts: kinds of host it works on (decoder, vit, denoiser, module), empty for any model in training.
+        hosts: kinds of host it works on (decoder, diffusion_lm, vit, denoiser, module), empty for any in training.
         experiment: (workload, plan): the smallest honest experiment, about 3 minutes on two cores.
         when: when to use it; `when_not`: when not to.
     """

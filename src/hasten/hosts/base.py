@@ -42,7 +42,7 @@ class Host:
     """Base of all hosts, and by itself the host of any `nn.Module`: it knows the linears only.
 
     Attributes:
-        kind: decoder, vit, denoiser or module.
+        kind: decoder, diffusion_lm, vit, denoiser or module.
         model: the person's own object; changed in place.
         changes: the undo stack of everything done to the model.
     """
