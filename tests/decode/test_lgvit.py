@@ -1,5 +1,7 @@
 """LGViT's heads and what they decide: held to loops, folded rightly, fitted from what a model says itself."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from hasten.core.errors import PlanError, UsageError
 from hasten.decode import _exits
 from hasten.decode.lgvit import LGViT, default_exits, lgvit
 from hasten.hosts import recognise
+from hosts.test_vit import build, inputs_of
 
 SMALL = {"exits": (1, 3), "epochs": 3, "threshold": 0.2, "rows": 4}
 
@@ -223,3 +226,31 @@ def test_logits_that_are_more_than_norm_and_head_are_refused():
     model.lm_head.weight.data.mul_(50)
     with pytest.raises(UsageError, match="more to its last states"):
         hasten.apply(model, [LGViT(exits=(1,))], calibration=[ragged(2)])
+
+
+@pytest.mark.parametrize("name", ["hf_deit", "timm_scaled", "timm_distilled"])
+def test_other_vision_transformers_save_and_load(name, tmp_path):
+    inputs = inputs_of(name)
+    model = build(name)
+    fast = hasten.apply(model, [LGViT(exits=(1, 2), epochs=2, threshold=0.2)], calibration=[inputs])
+    with torch.no_grad():
+        first = model(**inputs)
+        copied = copy.deepcopy(model)(**inputs)
+        loaded = load_pretrained(fast.save(tmp_path), model=build(name)).model(**inputs)
+    assert fast.report["decode/lgvit"]["left_after"] != {"3": 2}
+    wanted, found, again = (getattr(out, "logits", out) for out in (first, loaded, copied))
+    assert torch.equal(wanted, found) and torch.equal(wanted, again)
+    if name == "hf_deit":
+        torch.testing.assert_close((first.cls_logits + first.distillation_logits) / 2, first.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    model = tokens.vit().to(dtype)
+    hasten.apply(model, [LGViT(**SMALL)], calibration=[{"pixel_values": images()["pixel_values"].to(dtype)}])
+    out = model(pixel_values=images()["pixel_values"].to(dtype)).logits
+    assert out.dtype == dtype and out.isfinite().all() and next(model.vit.layers[0].exit.parameters()).dtype == dtype
+    text = target(num_hidden_layers=4).to(dtype)
+    fast = hasten.apply(text, [LGViT(exits=(1, 3), epochs=2, threshold=0.1)], calibration=[ragged(3, 9)])
+    written = copy.deepcopy(text).generate(**ragged(), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert torch.equal(fast.generate(**ragged(), max_new_tokens=6, do_sample=False, eos_token_id=None), written)
