@@ -136,10 +136,11 @@ def test_other_methods_draft_with_it(then, tmp_path):
     assert (again.accepted, again.drafted) == (counters.accepted, counters.drafted) and counters.drafted > 0
 
 
-def test_pearl_drafts_with_it():
+@pytest.mark.parametrize("overlap", ["false", pytest.param("true", marks=pytest.mark.slow)])
+def test_pearl_drafts_with_it(overlap):
     model = target()
     wanted = model.generate(**ragged(2), **GREEDY)
-    plan = "decode/distillspec(then=decode/pearl, tokens=4, prompt=6, steps=2, batch=3)"
+    plan = f"decode/distillspec(then=decode/pearl(overlap={overlap}), tokens=4, prompt=6, steps=2, batch=3)"
     fast = hasten.apply(model, plan, draft=noisy(model, 0.1), calibration=CALIBRATION)
     assert torch.equal(fast.generate(**ragged(2), **GREEDY), wanted)
     assert fast.report[NAME]["seconds"] > 0
