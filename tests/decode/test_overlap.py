@@ -164,19 +164,6 @@ def gone(process):
 
 
 @beside
-def test_a_copy_has_a_process_of_its_own_which_ends_with_it(pair):
-    wanted = pair.generate(**ragged(2), max_new_tokens=12, do_sample=False)
-    model = copy.deepcopy(pair.model)
-    assert model.drafter not in _overlap._workers
-    assert torch.equal(model.generate(**ragged(2), max_new_tokens=12, do_sample=False), wanted)
-    own = _overlap._workers[model.drafter]
-    assert own.process.pid != worker(pair).process.pid
-    process, drafter = own.process, model.drafter
-    _overlap.release(drafter)
-    assert gone(process) and worker(pair).alive and drafter not in _overlap._workers
-
-
-@beside
 def test_save_and_load_and_the_end(pair, tmp_path):
     wanted = pair.generate(**ragged(2), max_new_tokens=12, do_sample=True, seed=1)
     loaded = hasten.load_pretrained(pair.save(tmp_path / "saved"))
@@ -188,34 +175,35 @@ def test_save_and_load_and_the_end(pair, tmp_path):
 
 
 @beside
-def test_a_process_that_dies_or_hangs_is_an_error_and_no_wait(monkeypatch):
-    model = target()
-    fast = hasten.apply(model, BESIDE, draft=noisy(model, 0.1))
-    wanted = fast.generate(**ragged(2), max_new_tokens=12, do_sample=False)
-    first = worker(fast).process
+def test_a_copy_has_its_own_process_and_one_that_dies_or_hangs_is_an_error(pair, monkeypatch):
+    options = {"max_new_tokens": 12, "do_sample": False}
+    wanted = pair.generate(**ragged(2), **options)
+    model = copy.deepcopy(pair.model)
+    assert model.drafter not in _overlap._workers
+    assert torch.equal(model.generate(**ragged(2), **options), wanted)
+    first = _overlap._workers[model.drafter].process
+    assert first.pid != worker(pair).process.pid
     os.kill(first.pid, signal.SIGKILL)
     with pytest.raises(HastenError, match=r"has ended \(exit code -9\).*overlap=false"):
-        fast.generate(**ragged(2), max_new_tokens=12, do_sample=False)
+        model.generate(**ragged(2), **options)
     assert gone(first)
-    assert torch.equal(fast.generate(**ragged(2), max_new_tokens=12, do_sample=False), wanted)
-    second = worker(fast).process
+    assert torch.equal(model.generate(**ragged(2), **options), wanted)
+    second = _overlap._workers[model.drafter].process
     os.kill(second.pid, signal.SIGSTOP)
-    monkeypatch.setattr(_overlap, "PATIENCE", 0.3)
-    with pytest.raises(HastenError, match="has not answered for"):
-        fast.generate(**ragged(2), max_new_tokens=12, do_sample=False)
+    with monkeypatch.context() as patch, pytest.raises(HastenError, match="has not answered for"):
+        patch.setattr(_overlap, "PATIENCE", 0.3)
+        model.generate(**ragged(2), **options)
     assert gone(second)
-    fast.undo()
+    assert torch.equal(pair.generate(**ragged(2), **options), wanted)
 
 
 SCRIPT = """
     import sys, os, signal
     sys.path[:0] = {path!r}
-    import torch, hasten
-    from conformance.decode import noisy, target
-    from hasten.decode import _overlap
-    model = target()
-    fast = hasten.apply(model, "decode/pearl", draft=noisy(model, 0.1))
-    print(_overlap._workers[model.drafter].process.pid, flush=True)
+    from torch import nn
+    from hasten.decode._overlap import Worker
+    worker = Worker(nn.Linear(2, 2))
+    print(worker.process.pid, flush=True)
     {end}
 """
 
