@@ -2,7 +2,7 @@
 
 With the text x_1..x_t of one row (prompt and what was generated), n going down from the longest to the shortest match:
 
-    at the latest j < t with x_{j-n+1..j} = x_{t-n+1..t}:    candidates x_{j+1}, x_{j+2}, ..., x_{j+k}     (section 2.2)
+    at the latest j < t with x_{j-n+1..j} = x_{t-n+1..t}:    candidates x_{j+1}, x_{j+2}, ..., x_{j+k}     (section 2)
 
 One pass of the target checks them; the tokens are the target's own. An index of n-grams for each row takes a token in
 constant time, so that the text is never searched.
@@ -31,8 +31,8 @@ CARD = Card(
     seams=("decode.draft",),
     effects=("time",),
     lossless=True,
-    claim="over 2x over greedy decoding with LLaMA 7B to 30B on retrieval-augmented, cache-assisted and multi-turn "
-    "generation, where outputs repeat spans of the references",
+    claim="over 2x with the tokens of greedy decoding, where outputs repeat much of a reference, as in search engines "
+    "and multi-turn conversations",
     claimed=2.0,
     identity="none: a checked pass has another shape than a single step, so logits may differ in the last bits; "
     "the tokens are held to be the same",

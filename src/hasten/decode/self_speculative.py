@@ -1,7 +1,7 @@
 """Draft & Verify: the model drafts for itself with some of its sublayers left out, and checks with all of them.
 
 The draft shares every weight with the model, and reads the model's keys and values of the layers that it keeps.
-Drafting ends after a candidate whose probability in the draft is below gamma, or after `most` (section 4.2). After
+Drafting ends after a candidate whose probability in the draft is below gamma, or after `most` candidates. After
 each check, with e the share of the round's candidates that were accepted and full whether all `most` were drafted:
 
     AR <- beta1 AR + (1 - beta1) e
@@ -41,7 +41,7 @@ CARD = Card(
     seams=("decode.draft",),
     effects=("time",),
     lossless=True,
-    claim="up to 1.99x over plain decoding, LLaMA-2 70B on CNN/DailyMail, greedy",
+    claim="up to 1.99x over plain decoding, LLaMA-2 and its variants",
     claimed=1.99,
     identity="none: a checked pass has another shape than a single step, so logits may differ in the last bits; "
     "the tokens are held to be the same",
