@@ -44,8 +44,8 @@ CARD = Card(
     identity={"beta": 0.0, "candidates": 0},
     experiment=("stdlib-upscale", "decode/eft(candidates=4)"),
     when="A model that is too large to fine-tune, of a family with a small member that has been, or that is quick to.",
-    when_not="Where the large model can be fine-tuned itself: that is better and three models need not be kept. Where "
-    "the small tuned model is far from the emulated one, so that few of its proposals stay.",
+    when_not="Where the large model can be fine-tuned itself: that is better and three models need not be kept. After "
+    "a long fine-tuning to a new domain, where the small tuned model alone may be better than the emulated one.",
     needs=("draft", "teacher"),
     hosts=("decoder",),
 )
