@@ -4,8 +4,9 @@ A row is in one of two modes. Pre-verify: the target reads the last token while 
 judges x_1. If x_1 stays, x_2 .. x_gamma are pending and the row is in post-verify: the target reads them while the
 draft writes the next gamma from their end; p judges the pending ones and the first new one, and if all stay the other
 new ones are pending. The first refusal is replaced from norm(max(p - q, 0)) and leads back to pre-verify, so easy text
-is drafted on and on (algorithm 2). Each token is judged with p and q at its place: the law is the target's. Best gamma
-(section 4): how many passes of the draft take as long as one of the target.
+is drafted on and on. Each token is judged with p and q at its place: the law is the target's. Best gamma: how many
+passes of the draft take as long as one of the target. Rule and default gamma are those of the official code
+(`parallel_speculative_decoding`, which takes 3 to 5 for its pairs).
 
 Shapes: p [B, K + 1, V], pending [B, K] with q [B, K, V], late (the first new) [B] with q [B, V]; returns tokens
 [B, K + 1], of which accepted + 1 count, and accepted [B].
@@ -41,7 +42,7 @@ CARD = Card(
     seams=("decode.draft",),
     effects=("time",),
     lossless=True,
-    claim="up to 4.43x over plain decoding and 1.50x over speculative decoding, on GPUs of their own for both models",
+    claim="up to 4.43x over plain decoding and 1.50x over speculative decoding (abstract), each model on GPUs of its own",
     claimed=4.43,
     identity="none: a checked pass has another shape than a single step, so logits may differ in the last bits; "
     "the tokens are held to be the same",
@@ -58,7 +59,7 @@ CARD = Card(
 def naive_pearl(
     p: Tensor, pending: Tensor, q: Tensor, lengths: Tensor, late: Tensor, q_late: Tensor, u: Tensor, e: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One round of algorithm 2, row by row: pre-verify where `lengths` is 0, else post-verify.
+    """One round, row by row: pre-verify where `lengths` is 0, else post-verify.
 
     Args:
         p: the target's distributions [B, K + 1, V].
