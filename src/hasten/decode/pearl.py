@@ -42,7 +42,7 @@ CARD = Card(
     seams=("decode.draft",),
     effects=("time",),
     lossless=True,
-    claim="up to 4.43x over plain decoding and 1.50x over speculative decoding (abstract), each model on GPUs of its own",
+    claim="up to 4.43x over plain decoding and 1.50x over speculative decoding (abstract), models on separate GPUs",
     claimed=4.43,
     identity="none: a checked pass has another shape than a single step, so logits may differ in the last bits; "
     "the tokens are held to be the same",
