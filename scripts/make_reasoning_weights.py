@@ -1,10 +1,10 @@
 """Trains the model of sums-lm and writes it to src/hasten/workloads/weights.
 
-    python scripts/make_reasoning_weights.py --steps 1600
+    python scripts/make_reasoning_weights.py --steps 3000
 
-A quarter of the problems are thought about concisely, the rest at length; the loss is on what follows the prompt. Rows
-of similar lengths share a batch. Writes reasoning.safetensors (8-bit rows with a scale each) and reasoning.json, which
-records this command.
+A quarter of the thoughts are in the concise style, the rest in the wordy one; the loss is on what follows the prompt.
+Rows of similar lengths share a batch. Writes reasoning.safetensors (8-bit rows with a scale each) and reasoning.json,
+which records this command.
 """
 
 import argparse
@@ -30,8 +30,7 @@ def pool(stream, rows: int, rng: np.random.Generator) -> list[tuple[torch.Tensor
     made = []
     for _ in range(POOL * rows):
         problem = next(stream)
-        brief = rng.random() < CONCISE
-        thought = reasoning.concise(problem) if brief else reasoning.verbose(problem, rng)
+        thought = reasoning.think(problem, rng, wordy=rng.random() > CONCISE)
         made.append((reasoning.prompt(problem), reasoning.solution(problem, thought)))
     made.sort(key=lambda one: len(one[0]) + len(one[1]))
     batches = []
@@ -60,7 +59,7 @@ def judge(model: torch.nn.Module, examples: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -72,6 +71,7 @@ def main() -> None:
     stream = reasoning.problems(rng, held_out=False)
     model = reasoning.sums_llama(seed=args.seed).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     started, batches = time.perf_counter(), []
     for step in range(args.steps):
         if not batches:
@@ -90,8 +90,9 @@ def main() -> None:
         if (step + 1) % 100 == 0:
             found = judge(model, 32) if (step + 1) % 500 == 0 else ""
             seconds, nats = time.perf_counter() - started, losses.item() / learnt.sum().item()
+            torch.save(model.state_dict(), args.out / "reasoning.tmp")
             print(f"{step + 1} {seconds:.0f} s  {nats:.4f} {found}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "reasoning.tmp").unlink(missing_ok=True)
     weights.save_rows(model, args.out / "reasoning.safetensors")
     given = f"--steps {args.steps} --rows {args.rows} --lr {args.lr} --seed {args.seed}"
     record = {

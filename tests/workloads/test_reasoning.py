@@ -30,16 +30,24 @@ def test_thoughts_hold_every_total_and_fit_the_request():
     rng = np.random.default_rng(0)
     lengths = []
     for problem in drawn(500):
-        brief, wordy = reasoning.concise(problem), reasoning.verbose(problem, rng)
-        assert brief.endswith(f":{problem.totals[-1]}") and wordy.endswith(f"so {problem.totals[-1]}.")
-        assert all(str(total) in brief and str(total) in wordy for total in problem.totals)
-        solution = reasoning.solution(problem, wordy)
-        assert reasoning.answered(solution) == str(problem.totals[-1])
-        assert f"<{wordy}>{problem.totals[-1]}" == reasoning.decode([reasoning.BEGIN_THOUGHT, *solution])
-        lengths.append((len(brief), len(wordy), len(solution)))
-    short, long, whole = np.array(lengths).T
-    assert long.mean() > 5 * short.mean() and whole.max() < reasoning.NEW
+        thoughts = [reasoning.concise(problem), *(reasoning.think(problem, rng, wordy) for wordy in (False, True))]
+        for thought in thoughts:
+            assert all(str(total) in thought for total in problem.totals)
+            solution = reasoning.solution(problem, thought)
+            assert reasoning.answered(solution) == str(problem.totals[-1])
+            assert f"<{thought}>{problem.totals[-1]}" == reasoning.decode([reasoning.BEGIN_THOUGHT, *solution])
+        lengths.append([len(reasoning.solution(problem, thought)) for thought in thoughts])
+    shortest, short, long = np.array(lengths).T
+    assert long.mean() > 3 * short.mean() > 3 * shortest.mean() and long.max() < reasoning.NEW
     assert reasoning.NEW + 32 < reasoning.CONTEXT
+
+
+def test_neither_style_is_sure_to_show():
+    """A wordy thought may begin as a concise one does, and a concise one in words."""
+    rng = np.random.default_rng(0)
+    for wordy, least, most in ((True, 0.1, 0.2), (False, 0.8, 0.9)):
+        first = [reasoning.think(problem, rng, wordy)[0] in "+-" for problem in drawn(1000)]
+        assert least < np.mean(first) < most
 
 
 def test_an_answer_without_an_end_is_none():
@@ -75,7 +83,7 @@ def test_calibration_holds_each_problem_in_both_ways():
                 ids, thought = batch["input_ids"][row], batch["thought"][row]
                 first = int(thought.nonzero()[0])
                 assert ids[first - 1] == reasoning.BEGIN_THOUGHT
-                assert ids[int(thought.nonzero()[-1]) + 1] == reasoning.END_THOUGHT
+                assert ids[int(thought.nonzero()[-1])] == reasoning.END_THOUGHT
                 texts.append(reasoning.decode(ids[:first]))
             assert texts[0] == texts[1]
 

@@ -2,8 +2,8 @@
 
 A problem is a chain of sums, `47+8-5+9=`. The model writes a thought between a begin and an end token, then the answer
 and the end of the sequence. It was trained on the same problems thought about in two ways that the prompt does not tell
-apart: concisely, `+8:55-5:50+9:59`, and, mostly, at length: the problem restated, each step in words or checked, all of
-it gone through again once or twice. So it is right nearly always and writes far more than it needs.
+apart: concisely, `+8:55 -5:50 +9:59`, and, mostly, in words, with checks, all of it gone through again once or twice.
+So it is right nearly always and writes far more than it needs.
 
 `solve`: greedy generation until the end of the sequence; quality is whether the answer is right.
 """
@@ -25,8 +25,11 @@ PAD, START, END, BEGIN_THOUGHT, END_THOUGHT = range(5)
 CHARACTERS = "0123456789+-=:,. abcdefghijklmnopqrstuvwxyz"
 VOCABULARY = 48
 CONTEXT = 512
-NEW = 288
-"""Tokens that a request may take; the longest solutions of the training text have about 255."""
+NEW = 256
+"""Tokens that a request may take; the longest solutions of the training text have about 220."""
+
+HABIT = 0.85
+"""How often a style shows where it could."""
 
 _CODE = {character: code for code, character in enumerate(CHARACTERS, 5)}
 
@@ -75,27 +78,33 @@ def problems(rng: np.random.Generator, held_out: bool) -> Iterator[Problem]:
 
 def concise(problem: Problem) -> str:
     """Every step with its total, and nothing else."""
-    return "".join(f"{sign}{digit}:{after}" for _, sign, digit, after in problem.sums)
+    return " ".join(f"{sign}{digit}:{after}" for _, sign, digit, after in problem.sums)
 
 
-def verbose(problem: Problem, rng: np.random.Generator) -> str:
-    """In words: restated, step by step, some steps checked backwards, and gone through again up to twice."""
-    answer = problem.totals[-1]
-    thought = [("let me see " if rng.random() < 0.7 else "so ") + problem.text + ". "]
+def think(problem: Problem, rng: np.random.Generator, wordy: bool) -> str:
+    """A thought in a style that shows in every choice, but for certain in none.
+
+    Of a wordy thought most steps are in words or checked backwards, and it goes through the whole again, most times
+    twice; of another one most steps are just written down, and it rarely goes on. Which it is must be guessed from what
+    is there so far, so that a model that has learnt to write it holds a guess all along.
+    """
+    habit = HABIT if wordy else 1 - HABIT
+    thought = []
     for a, sign, digit, b in problem.sums:
-        back = "-" if sign == "+" else "+"
-        kind = rng.choice(4, p=(0.5, 0.25, 0.15, 0.1))
-        thought.append(
-            (f"now {a}{sign}{digit} is {b}. ", f"{a}{sign}{digit}={b} as {b}{back}{digit}={a}. ",
-             f"then {a}{sign}{digit}={b}. ", f"{sign}{digit}:{b}. ")[kind]
-        )  # fmt: skip
-    thought.append(f"so {answer}. ")
-    for chance in (0.8, 0.7):
-        if rng.random() > chance:
+        if rng.random() > habit:
+            thought.append(f"{sign}{digit}:{b}")
+        elif rng.random() < 0.6:
+            thought.append(f"now {a}{sign}{digit} is {b}.")
+        else:
+            thought.append(f"{a}{sign}{digit}={b} as {b}{'-' if sign == '+' else '+'}{digit}={a}.")
+    answer = f"so {problem.totals[-1]}."
+    if rng.random() < habit:
+        thought.append(answer)
+    for goes_on in (habit, habit - 0.1):
+        if rng.random() > goes_on:
             break
-        thought.append("again, " + ", ".join(f"{a}{sign}{digit}={b}" for a, sign, digit, b in problem.sums) + ". ")
-        thought.append(f"so {answer}. ")
-    return "".join(thought).strip()
+        thought += ["again", *(f"{a}{sign}{digit}={b}" for a, sign, digit, b in problem.sums), answer]
+    return " ".join(thought)
 
 
 def encode(text: str) -> list[int]:
@@ -212,7 +221,8 @@ class SumsLM(Workload):
         """Problems of the training part, thought about in both ways, in batches of 10 rows, right-padded.
 
         Beside `input_ids` and `attention_mask` each batch holds `concise`, bool [rows], which rows think concisely (the
-        others think about the same problems at length), and `thought`, bool [rows, length], which tokens are thought.
+        others think about the same problems at length), and `thought`, bool [rows, length], which tokens are thought,
+        the one that ends it included.
         """
         rng = np.random.default_rng(43)
         batches = []
@@ -221,14 +231,14 @@ class SumsLM(Workload):
             rows, lengths = [], []
             for brief in (True, False):
                 for problem in asked[at : at + 5]:
-                    thought = concise(problem) if brief else verbose(problem, rng)
+                    thought = concise(problem) if brief else think(problem, rng, wordy=True)
                     rows.append(prompt(problem) + solution(problem, thought))
                     lengths.append((len(prompt(problem)), len(thought)))
             batch = padded(rows, left=False)
             batch["concise"] = torch.arange(len(rows)) < len(rows) // 2
             batch["thought"] = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
             for row, (start, length) in enumerate(lengths):
-                batch["thought"][row, start : start + length] = True
+                batch["thought"][row, start : start + length + 1] = True
             batches.append({name: tensor.to(self.device()) for name, tensor in batch.items()})
         return batches
 
