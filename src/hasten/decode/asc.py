@@ -10,10 +10,11 @@ distribution moves (z logits, p their softmax, u = dz/dg their slope along v, t 
 Shapes: h [pairs, D] of each kind, z and u [positions, V].
 
 Read were the official code, the abstract and accounts of the paper (version 2), not its theorem, of which the parts are
-known (a KL bound, a Jacobian, a Hessian, a small calibration set). So `kl` is ours; a strength that is fixed, as in the
-official code (0.27, 0.46, 0.5), is given as `gamma`. Departures: stream and shift are at one place (the code reads what
-enters the block after which it adds, and subtracts what it extracts as concise - verbose); all candidates of a drafting
-pass are shifted, where the code shifts a pass's last position; `read=mean` takes the mean over the thought's tokens.
+known (a KL bound, a Jacobian, a Hessian, a small calibration set). So `kl` and its default are ours, found on sums-lm;
+the official code fixes the strength of each model (0.27, 0.46, 0.5): `gamma`. Departures: stream and shift have one place
+(the code reads what enters the block after which it adds, and subtracts what it extracts as concise - verbose); all
+candidates of a drafting pass are shifted, where the code shifts a pass's last position; `read=mean` takes the mean over
+the thought's tokens.
 """
 
 import dataclasses
@@ -134,7 +135,7 @@ class ASC(Decoding):
         None, "block after which the stream is read and shifted, from 0; None: three quarters of the depth", least=0
     )
     gamma: float | None = option(None, "strength of the shift; None takes it from kl", least=0)
-    kl: float = option(0.5, "mean divergence of the next token's distribution that the shift may cause, nats", above=0)
+    kl: float = option(5e-4, "mean divergence of the next token's distribution that the shift may cause, nats", above=0)
     read: str = option("last", "the stream at a thought's last token, or its mean", choices=("last", "mean"))
     positions: int = option(64, "positions of each wordy thought at which the divergence is measured", least=1)
 
