@@ -112,6 +112,44 @@ def test_with_drafting(plan):
     assert torch.equal(run(both), wanted)
 
 
+class Cut:
+    """Budget forcing: the thought is ended by force after so many tokens."""
+
+    def __init__(self, most, start):
+        self.most, self.start = most, start
+
+    def __call__(self, ids, scores):
+        if ids.shape[1] - self.start < self.most:
+            return scores
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, reasoning.END_THOUGHT] = 0
+        thinks = ~(ids[:, self.start :] == reasoning.END_THOUGHT).any(1)
+        return torch.where(thinks[:, None], forced, scores)
+
+
+def test_better_than_a_hard_cut_of_as_many_tokens():
+    """The paper's comparison: a thought that may end where it is done keeps the answer, one that is cut does not."""
+    workload = hasten.workload("sums-lm(batch=32)")
+    problems = reasoning._drawn(32, 1007, held_out=True)
+    request = workload._prompts(problems)
+    start = request["input_ids"].shape[1]
+
+    def solved(plan, **options):
+        handle = hasten.apply(workload.trained(), plan)
+        out = handle.generate(**request, max_new_tokens=reasoning.NEW, do_sample=False, **options)[:, start:]
+        right = [
+            reasoning.answered(row) == str(problem.totals[-1])
+            for row, problem in zip(out.tolist(), problems, strict=True)
+        ]
+        ended = (out == reasoning.END_THOUGHT).int()
+        return sum(right) / 32, torch.where(ended.any(1), ended.argmax(1), reasoning.NEW).float().mean().item()
+
+    (plain, whole), (scaled, short) = solved(""), solved("decode/thought_temperature")
+    cut, budget = solved("", logits_processor=[Cut(round(short), start)])
+    assert short < 0.7 * whole and scaled >= plain - 0.05
+    assert budget <= short + 1 and cut < scaled - 0.3
+
+
 def test_the_model_says_which_tokens():
     fast = hasten.apply(reasoning.sums_llama(), "decode/thought_temperature")
     assert fast._records == [{"end": reasoning.END_THOUGHT, "begin": reasoning.BEGIN_THOUGHT}]
