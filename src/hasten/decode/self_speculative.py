@@ -45,7 +45,7 @@ CARD = Card(
     claimed=1.99,
     identity="none: a checked pass has another shape than a single step, so logits may differ in the last bits; "
     "the tokens are held to be the same",
-    experiment=("stdlib-lm(task=generate)", "decode/self_speculative"),
+    experiment=("stdlib-lm(task=generate)", "decode/self_speculative(most=4, tries=4, beside=6)"),
     when="A deep model without a small one of its vocabulary; no memory is spared for a draft.",
     when_not="Shallow models, whose every layer counts, or where a trained draft many times smaller is at hand.",
     needs=("calibration",),
