@@ -11,7 +11,7 @@ Shapes: h [pairs, D] of each kind, z and u [positions, V].
 
 Read were the official code, the abstract and accounts of the paper (version 2), not its theorem, of which the parts are
 known (a KL bound, a Jacobian, a Hessian, a small calibration set). So `kl` and its default are ours, found on sums-lm;
-the official code fixes the strength of each model (0.27, 0.46, 0.5): `gamma`. Departures: stream and shift have one place
+the official code has a fixed strength a model (0.27, 0.46, 0.5): `gamma`. Departures: stream and shift have one place
 (the code reads what enters the block after which it adds, and subtracts what it extracts as concise - verbose); all
 candidates of a drafting pass are shifted, where the code shifts a pass's last position; `read=mean` takes the mean over
 the thought's tokens.
