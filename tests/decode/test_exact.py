@@ -183,6 +183,36 @@ def test_the_test_of_the_law_finds_wrong_rules(monkeypatch, wrong):
     assert max(goodness(model, "decode/speculative(candidates=4)", 1500, draft=small(0.8))) < 1e-6
 
 
+def greedy_choice(weight, generator):
+    return weight.argmax(-1)
+
+
+def first_children(choice_BN, drafts_BN, tree):
+    tokens, accepted, path = _accept_tree(choice_BN, drafts_BN, tree)
+    wrong = torch.where(accepted[:, None] > 0, drafts_BN[:, :1], tokens[:, :1])  # the first child, whichever was chosen
+    return torch.cat([wrong, tokens[:, 1:]], 1), accepted, path
+
+
+_accept_tree = _drafting.accept_tree
+
+
+@pytest.mark.parametrize(
+    ("method", "place", "wrong"),
+    [
+        ("decode/prompt_lookup", "draw", greedy_choice),
+        ("decode/medusa", "draw", greedy_choice),
+        ("decode/rest", "accept_tree", first_children),
+    ],
+)
+def test_the_test_of_the_law_finds_wrong_choices(monkeypatch, method, place, wrong):
+    """Chosen candidates, a chain or a tree: the target has to draw at each place, and to take what it drew."""
+    monkeypatch.setattr(_drafting, place, wrong)
+    monkeypatch.setattr(_loop.Counters, "acceptance", 0.5)  # a wrong rule may accept all
+    plan, given = exact(method)
+    context = {"calibration": [{"input_ids": torch.tensor([[1, 2, 3, 4, 2, 0], [4, 1, 0, 2, 1, 3]])}]} if given else {}
+    assert min(goodness(small(), plan, 1500, **context)) < 1e-6
+
+
 def test_the_test_of_the_law_finds_blind_acceptance(monkeypatch):
     monkeypatch.setattr(_drafting, "accept", accept_always)
     with pytest.raises(AssertionError, match="always or never"):

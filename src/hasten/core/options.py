@@ -76,8 +76,13 @@ class Options:
         return cls.__name__
 
     def changed(self) -> dict[str, Any]:
-        """The options that differ from their defaults."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        """The options that differ from their defaults, which may be written in another form (a method as text)."""
+        hints, found = typing.get_type_hints(type(self)), {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default and value != convert(field.default, hints[field.name]):
+                found[field.name] = value
+        return found
 
     @classmethod
     def documented(cls) -> list[tuple[str, str, Any, str]]:

@@ -122,11 +122,16 @@ class Drafting(Decoding):
 def _put(method: Drafting, host: Any, drafter: Drafter) -> None:
     changes, training = host.changes, [part for part in drafter.modules() if part.training]
     drafter.eval()
-    changes.call(lambda: [setattr(part, "training", True) for part in training])
+    changes.call(functools.partial(_train, training))
     changes.set(host.model, "drafter", drafter)
     spec = Speculation(method, drafter)
     changes.set(host, "speculation", spec)
     host.wrap_generate(functools.partial(_generate, spec, host))
+
+
+def _train(parts: list[nn.Module]) -> None:
+    for part in parts:
+        part.training = True
 
 
 def _generate(spec: Speculation, host: Any, inner: Any, *args: Any, **options: Any) -> Any:

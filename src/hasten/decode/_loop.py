@@ -216,7 +216,8 @@ class Run:
         verdict = self.method.accept(scores, proposal, self.scores)
         told = torch.cat([verdict.accepted[:, None], verdict.tokens], 1).tolist()  # the round's one synchronisation
         accepted = verdict.told = [row[0] for row in told]
-        self.counters.add(self._places(proposal), accepted)
+        lengths = proposal.lengths or [proposal.size] * len(accepted)
+        self.counters.add(self._places(proposal), [min(pair) for pair in zip(accepted, lengths, strict=True)])
         for row, (count, *new) in zip(self.rows, told, strict=True):
             self.stops.tell(row, new[: count + 1])
         if self.request.streamer is not None:
