@@ -56,6 +56,8 @@ class State:
         quota: for each row the tokens that the schedule decides in this step.
         temperature: of the tokens, 0 for the likeliest; confidence: what the plain order goes by.
         generator: for every draw.
+        extra: positions computed in each further forward of the model that the order made in this step, all rows
+            together; the loop counts and empties it.
         ranks: orders that do not depend on the scores, by kind; `rank` makes them.
         facts: the methods' own notes, by name.
     """
@@ -76,6 +78,7 @@ class State:
     block_step: int = 0
     steps_left: int = 0
     quota: list[int] = dataclasses.field(default_factory=list)
+    extra: list[int] = dataclasses.field(default_factory=list)
     ranks: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -212,7 +215,10 @@ class Loop:
         state.tokens[rows, columns] = tokens[rows, places]
         state.masked[rows, columns] = False
         state.decided_at[rows, columns] = state.step
-        self.counters.committed.append(len(rows))
+        extra, state.extra = state.extra, []
+        self.counters.forwards += len(extra)
+        self.counters.computed += extra
+        self.counters.committed += [0] * len(extra) + [len(rows)]
         self.counters.tokens += len(rows)
         state.step += 1
         state.block_step += 1
