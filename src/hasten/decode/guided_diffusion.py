@@ -197,8 +197,13 @@ def read(state: State, drafts: Tensor, before: Tensor, begin: int, end: int, nam
 
 def put(host: Any, guide: nn.Module) -> None:
     training = [part for part in guide.modules() if part.training]
+
+    def back() -> None:
+        for part in training:
+            part.training = True
+
     guide.eval()
-    host.changes.call(lambda: [setattr(part, "training", True) for part in training])
+    host.changes.call(back)
     host.changes.set(host.model, "guide", guide)
 
 
