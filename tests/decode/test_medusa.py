@@ -12,7 +12,7 @@ from hasten.core.errors import PlanError, UsageError
 from hasten.decode._medusa_tree import planted, sparse_tree, typical
 from hasten.decode._rows import Tree
 from hasten.decode.base import speculation
-from hasten.decode.medusa import IGNORED, Heads, Medusa, medusa
+from hasten.decode.medusa import IGNORED, HeadProposer, Heads, Medusa, medusa
 from hasten.hosts import Context
 
 PLAN = "decode/medusa(heads=3, nodes=10, epochs=6, batch=32, lr=0.01, tokens=8, temperature=0)"
@@ -234,6 +234,30 @@ def test_it_needs_fewer_passes_on_text_that_it_can_foresee():
     made = hasten.generate(model, prompt, plan, calibration=[text], max_new_tokens=60, **GREEDY)
     assert torch.equal(made.tokens, text[:, :90])
     assert made.counters.target_passes < 40 and made.counters.draft_passes == 0
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_heads_read_where_the_last_accepted_token_stands(monkeypatch, attention):
+    """In every round and row: the state before the latest token, which was chosen from it."""
+    model = target()
+    model.set_attn_implementation(attention)
+    ids = torch.randint(3, 37, (4, 9), generator=torch.Generator().manual_seed(0))
+    plain, lengths = HeadProposer.propose, set()
+
+    def propose(self, most):
+        for place, row in enumerate(self.run.rows if self.hidden is not None else []):
+            text = self.run.stops.history(row, ids.device)[None]
+            state = model(text, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -2]
+            torch.testing.assert_close(self.hidden[place], state, rtol=1e-4, atol=1e-5)
+            lengths.add(text.shape[1])
+        return plain(self, most)
+
+    monkeypatch.setattr(HeadProposer, "propose", propose)
+    text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, **GREEDY)
+    fast = hasten.apply(model, "decode/medusa(heads=3, nodes=15, epochs=20, batch=32, lr=0.02)", calibration=[text])
+    model.drafter.learnt.plant(FULL)
+    fast.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=3)
+    assert len(speculation(fast.host).counters.accepted_at) > 1 and len(lengths) > 5
 
 
 def test_attention_that_takes_no_tree_gets_a_chain():
