@@ -42,8 +42,8 @@ CARD = Card(
     claimed=2.8,
     identity={"rate": 1.0},
     experiment=(
-        "stdlib-written(calibrate=128)",
-        "decode/r2r(rate=0.15, ends=[10], width=64, blocks=2, lr=0.001, batch=128)",
+        "stdlib-written",
+        "decode/r2r(rate=0.3, segment=16, ends=[10], width=64, blocks=2, lr=0.001, batch=128)",
     ),
     when="Long texts where a small model is right nearly always, as in reasoning by models of one family, and what "
     "counts is where the text leads, not each word.",
