@@ -210,10 +210,15 @@ class R2R(Drafting):
     def blank(self, host: Any, draft: Any) -> Router:
         words, embedding = draft.get_input_embeddings().weight.shape
         hidden = draft.get_output_embeddings().weight.shape[1]
-        sizes = {"width": self.width, "blocks": self.blocks, "expansion": self.expansion, "dropout": self.dropout}
+        sizes: dict[str, Any] = {
+            "width": self.width,
+            "blocks": self.blocks,
+            "expansion": self.expansion,
+            "dropout": self.dropout,
+        }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            router = Router(hidden, embedding, min(self.top, words), **sizes)  # type: ignore[arg-type]
+            router = Router(hidden, embedding, min(self.top, words), **sizes)
         return router.to(next(draft.parameters()).device)
 
     def learn(self, host: Any, draft: Any, context: Context) -> Router:
@@ -228,8 +233,8 @@ class R2R(Drafting):
         hidden, top, tokens, differs, labels, row = (torch.cat(part) for part in zip(*parts, strict=True))
         features = (hidden, top, draft.get_input_embeddings().weight.detach()[tokens].float())
         held = (row if rows >= 5 else torch.arange(len(row), device=row.device)) % 5 == 4
-        options = {"lr": self.lr, "decay": self.decay, "batch": self.batch, "epochs": self.epochs}
-        facts = fit(router, features, labels, held, patience=self.patience, seed=context.seed, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"lr": self.lr, "decay": self.decay, "batch": self.batch, "epochs": self.epochs}
+        facts = fit(router, features, labels, held, patience=self.patience, seed=context.seed, **options)
         with torch.no_grad():
             p = router(*(part[held] for part in features)).sigmoid()
         limit = threshold(p, labels[held], self.rate, self.recall)
