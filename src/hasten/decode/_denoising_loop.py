@@ -2,7 +2,7 @@
 
 A step asks the cache policy which positions to compute, the model for scores at the open ones (masked, and in the
 present block), and the order which of them are decided now. Without methods every position is computed and the most
-confident tokens are decided, as many as the schedule says (LLaDA, arXiv 2502.09992, algorithm 5 and section 2.4).
+confident tokens are decided, as many as the schedule says (LLaDA, arXiv 2502.09992).
 
 Letters: B rows, T positions, Q positions computed, C whose scores are seen, V vocabulary.
 """

@@ -1,7 +1,7 @@
 """FreeCache: keys and values of the prompt, and of blocks that are wholly decided, are computed no more.
 
 What later tokens do to the representation of a decided one soon fades, so it can be frozen. With a first forward of
-everything, and F_b the first column of row b that is still masked, a step computes (arXiv 2505.21467, section 4)
+everything, and F_b the first column of row b that is still masked, a step computes (arXiv 2505.21467)
 
     A_b = {i >= s_b : i was not given},   s_b = o_b + floor((F_b - o_b) / block) block
 

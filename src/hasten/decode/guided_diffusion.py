@@ -2,7 +2,7 @@
 
 The diffusion model proposes tokens d for all masks at once, each without knowing the others. The guide reads them in
 one pass, left to right; with m_1 < m_2 < ... the masked columns of a row and p_k the guide's distribution at m_k given
-everything before it, proposals included, a step decides d_1 ... d_n (arXiv 2505.21467, section 4.2, and official code)
+everything before it, proposals included, a step decides d_1 ... d_n (arXiv 2505.21467 and official code)
 
     n = max(1, most k with d_1 ... d_k all agreeing),    d_k agrees if rank(d_k) <= top and p_k(d_k) >= share max p_k
 

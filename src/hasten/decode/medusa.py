@@ -45,7 +45,7 @@ CARD = Card(
     seams=("decode.draft",),
     effects=("time",),
     lossless=True,
-    claim="Medusa-1: 2.18x for Vicuna-7B and 2.33x for Vicuna-13B on MT-Bench, batch 1, one A100; Medusa-2: 2.83x",
+    claim="Medusa-1: 2.18x for Vicuna-7B and 2.33x for Vicuna-13B on MT-Bench, batch 1; Medusa-2: 2.83x",
     claimed=2.18,
     identity="none: a checked pass has another shape than a single step, so logits may differ in the last bits; "
     "the tokens are held to be the same",

@@ -2,7 +2,7 @@
 
 With the text x_1..x_t of one row (prompt and what was generated), n going down from the longest to the shortest match:
 
-    at the latest j < t with x_{j-n+1..j} = x_{t-n+1..t}:    candidates x_{j+1}, x_{j+2}, ..., x_{j+k}     (section 2)
+    at the latest j < t with x_{j-n+1..j} = x_{t-n+1..t}:    candidates x_{j+1}, x_{j+2}, ..., x_{j+k}
 
 One pass of the target checks them; the tokens are the target's own. An index of n-grams for each row takes a token in
 constant time, so that the text is never searched.

@@ -2,7 +2,7 @@
 
 With the text x_1..x_t, n going down from `match` to `least`, the first n whose x_{t-n+1..t} occurs in the store gives
 matches; what follows each of them, at most k tokens, goes into a trie. A node weighs as many matches as pass it; the N
-heaviest nodes, a tree, are checked by the target in one pass (section 3). A suffix array finds all matches of
+heaviest nodes, a tree, are checked by the target in one pass. A suffix array finds all matches of
 one n by two binary searches; as a shorter end occurs wherever a longer one does, n is searched by halving too.
 
 Shapes: store [S] token ids, -1 between texts; returns the nodes as (path, weight), at most N.
