@@ -9,6 +9,8 @@ from typing import Any
 from hasten.api import apply
 from hasten.bench.figures import Figure, Reading, figure, served
 from hasten.core.errors import UsageError
+from hasten.decode.awrs import METHOD as AWRS
+from hasten.decode.base import speculation
 from hasten.workloads.find import workload as find
 
 PLAIN = "plain generation on stdlib-lm"
@@ -39,6 +41,25 @@ def diverse(concurrency: int, seconds: float) -> Reading:
     return found.but(by_category=work.by_category(arm))
 
 
+def awrs_checks(seconds: float) -> Reading:
+    """Tokens that rejection checks, as a share of those that masking checks in the same loop; and the times of both."""
+    from hasten.workloads.constrained import RECORD
+
+    work: Any = find("constrained-lm")
+    found = {}
+    for masking in (False, True):
+        arm = apply(work.trained(), AWRS(schema=RECORD, masking=masking))
+        checks = []
+        for request in work.requests(0):
+            work.serve(arm, request)
+            checks.append(speculation(arm.host).counters.checks)  # type: ignore[union-attr]
+        found[masking] = checks
+    shares = [one / other for one, other in zip(found[False], found[True], strict=True)]
+    speed = served(work, f"decode/awrs(schema='{RECORD}')", seconds=seconds)
+    facts = {"speed_against_masking_by_processor": speed.value, "low_speed": speed.low, "high_speed": speed.high}
+    return Reading(sum(found[False]) / sum(found[True]), min(shares), max(shares), facts)
+
+
 def figures(quick: bool) -> Iterator[Figure]:
     seconds = 30 if quick else 200
     speed = functools.partial(served, seconds=seconds)
@@ -46,6 +67,22 @@ def figures(quick: bool) -> Iterator[Figure]:
         "pearl_overlap",
         lambda: speed("stdlib-lm(task=generate)", "decode/pearl", base="decode/pearl(overlap=false)"),
         against="the same pair and rounds, drafting and verifying in turn",
+    )
+    medusa = "decode/medusa(nodes=12, tokens=128, temperature=0, lr=0.01)"
+    yield figure("medusa", lambda: speed("stdlib-lm(task=generate, calibrate=96)", medusa), against=PLAIN)
+    yield figure(
+        "awrs_checks",
+        lambda: awrs_checks(seconds),
+        unit="share",
+        against="token masking on JSON records, the same texts; the range is over requests",
+        goal=0.1,
+        better="lower",
+    )
+    yield figure(
+        "diffusion_lm",
+        lambda: speed("stdlib-denoiser(task=infill)", "decode/dimple(threshold=0.7) + decode/dkv_cache", quality=True),
+        against="the plain sampler, one byte a step, on stdlib-denoiser",
+        goal=3.0,
     )
     yield figure("pearl", lambda: speed("stdlib-lm(task=generate)", "decode/pearl"), against=PLAIN)
     for concurrency in (1, 4, 16):

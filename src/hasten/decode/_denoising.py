@@ -89,9 +89,9 @@ def denoise(host: Any, inputs: Any = None, **options: Any) -> tuple[Tensor, Coun
             forwards in all, as many for each block; by default one a token. `blockwise`: whether a token sees its own
             block and those before it only, as the model was trained (block diffusion, arXiv 2503.09573); blocks are
             counted from the first token of the prompt then, and the first one to fill in may be a shorter one.
-            `temperature`: 0 for the likeliest
-            tokens. `confidence`: which go first, `probability`, `margin`, `entropy`, `random` or `left` (the first
-            ones). `seed` or `generator`: for draws. `eos_token_id`: what ends the new text, as the model has it.
+            `temperature`: 0 for the likeliest tokens. `confidence`: which go first, `probability`, `margin`, `entropy`,
+            `random` or `left` (the first ones). `seed` or `generator`: for draws. `eos_token_id`: what ends the new
+            text, as the model has it.
 
     Returns:
         [B, T + max_new_tokens] without masks, and counters.

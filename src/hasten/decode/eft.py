@@ -1,9 +1,9 @@
 """Emulated fine-tuning: a small model's fine-tuning is added to a large model's scores, token by token.
 
-Up-scaling: log p~ = log p_large + beta (log p_tuned - log p_small) + const, with the large base
-model p_large, and small models before (p_small) and after (p_tuned) fine-tuning. Read the other way, the small tuned
-model times the up-scaling weight p_large / p_small; `top_p` below 1 sets that weight to 1 outside the smallest set of
-tokens to which the small tuned model gives at least that probability (they are not cut off).
+Up-scaling: log p~ = log p_large + beta (log p_tuned - log p_small) + const, with the large base model p_large, and
+small models before (p_small) and after (p_tuned) fine-tuning. Read the other way, the small tuned model times the
+up-scaling weight p_large / p_small; `top_p` below 1 sets that weight to 1 outside the smallest set of tokens to which
+the small tuned model gives at least that probability (they are not cut off).
 
 Speculation: the small tuned model proposes a block, and one pass each of the large and of the small base model over the
 block gives the true p~ at every place. A round leaves the three caches with the same tokens.
