@@ -61,7 +61,7 @@ def awrs_checks(seconds: float) -> Reading:
 
 
 def figures(quick: bool) -> Iterator[Figure]:
-    seconds = 30 if quick else 200
+    seconds = 15 if quick else 200
     speed = functools.partial(served, seconds=seconds)
     yield figure(
         "pearl_overlap",

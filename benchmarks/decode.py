@@ -52,7 +52,7 @@ def against_assisted(seconds: float) -> Reading:
 
 
 def figures(quick: bool) -> Iterator[Figure]:
-    speed = functools.partial(served, seconds=50 if quick else 300)
+    speed = functools.partial(served, seconds=20 if quick else 300)
     yield figure(
         "draft_target_batch1", lambda: speed("stdlib-lm(task=generate)", "decode/speculative"), against=PLAIN, goal=1.6
     )
@@ -64,7 +64,7 @@ def figures(quick: bool) -> Iterator[Figure]:
     )
     yield figure(
         "against_assisted",
-        lambda: against_assisted(50 if quick else 300),
+        lambda: against_assisted(20 if quick else 300),
         against="transformers' assisted generation, same draft and number of drafted tokens",
         goal=1.2,
     )

@@ -1,6 +1,7 @@
 """speed-bench: diverse prompts by category, at several concurrencies."""
 
 import collections
+import gzip
 import json
 
 import numpy as np
@@ -56,6 +57,12 @@ def test_prompts_from_a_file(tmp_path):
         hasten.workload(f"speed-bench(prompts='{file}', count=5, category=prose)").chosen()
     with pytest.raises(UsageError, match="no prompt of the category 'code'"):
         hasten.workload(f"speed-bench(prompts='{file}', category=code)").chosen()
+    packed = tmp_path / "questions.jsonl.gz"
+    packed.write_bytes(
+        gzip.compress("\n".join(json.dumps({"question": f"How far is {n}?"}) for n in range(3)).encode())
+    )
+    found = hasten.workload(f"speed-bench(prompts='{packed}', count=3)").chosen()
+    assert {name for name, _ in found} == {""} and bytes(found[0][1].astype(np.uint8)).startswith(b"How far")
     file.write_text('{"turns": []}\n')
     with pytest.raises(UsageError, match="line 1 of .* is no prompt"):
         hasten.workload(f"speed-bench(prompts='{file}')").chosen()

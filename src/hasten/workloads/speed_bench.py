@@ -2,8 +2,9 @@
 
 The protocol of SPEED-Bench (arXiv 2604.09557): prompts that are unlike each other within each category, acceptance by
 category, and throughput at each number of prompts that run together. `prompts` reads its layout and Spec-Bench's (JSON
-lines with `category` and `turns`); without it prompts come from the standard library's held-out source, where the
-category is what the text goes on with: prose, comments, tables, imports, statements or signatures.
+lines with `category` and `turns`), and files with one prompt a line (`prompt`, `question` or `text`: HumanEval, GSM8K,
+MBPP), packed by gzip or not; without it prompts come from the standard library's held-out source, where the category is
+what the text goes on with: prose, comments, tables, imports, statements or signatures.
 
 Departures: unlikeness is that of hashed character 4-grams, not of sentence embeddings; the first turn of a conversation
 only; every prompt gets the same number of new tokens, so that arms do the same work; a batch begins and ends together.
@@ -12,6 +13,7 @@ only; every prompt gets the same number of new tokens, so that arms do the same 
 import ast
 import dataclasses
 import functools
+import gzip
 import json
 import pathlib
 import zlib
@@ -30,6 +32,7 @@ from hasten.workloads.hub import HubText, _tokenizer
 from hasten.workloads.models import CONTEXT
 from hasten.workloads.stdlib_lm import StdlibLM
 
+FIELDS = ("prompt", "question", "text")
 Prompt = tuple[str, np.ndarray]
 """A category and token ids."""
 
@@ -38,7 +41,9 @@ Prompt = tuple[str, np.ndarray]
 class SpeedBench(Workload):
     model: str = option("target", "the bundled model, or a folder or hub name")
     draft_model: str = option("", "a smaller model with the same tokenizer; beside the bundled model the bundled draft")
-    prompts: str = option("", "JSON lines with category and turns (or prompt); bundled prompts when empty")
+    prompts: str = option(
+        "", "JSON lines with category and turns, prompt, question or text; bundled ones when empty"
+    )
     category: str = option("", "prompts of this category only")
     concurrency: int = option(1, "prompts that run together", least=1, most=512)
     count: int = option(48, "prompts, evenly from the categories", least=2, most=4096)
@@ -160,14 +165,17 @@ def _ids(model: str, words: str) -> np.ndarray:
 
 
 def _from_file(file: pathlib.Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    raw = file.read_bytes()
+    content = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    for number, line in enumerate(content.decode().splitlines(), 1):
         try:
-            content = json.loads(line)
-            turns = content["turns"] if "turns" in content else [content["prompt"]]
-            yield str(content.get("category", "")), str(turns[0])
-        except (ValueError, KeyError, IndexError, TypeError):
+            row = json.loads(line)
+            turns = row["turns"] if "turns" in row else [next(row[name] for name in FIELDS if name in row)]
+            yield str(row.get("category", "")), str(turns[0])
+        except (ValueError, KeyError, IndexError, TypeError, StopIteration):
             raise UsageError(
-                f"line {number} of {file} is no prompt: give JSON lines with category and turns (a list) or prompt"
+                f"line {number} of {file} is no prompt: give JSON lines with category and turns (a list), or with one "
+                f"of {', '.join(FIELDS)}"
             ) from None
 
 
