@@ -41,7 +41,7 @@ CARD = Card(
     claim="2.73x end to end on MATH500, 8B model; thoughts up to 67.43% shorter (MATH500, GSM8K) at equal accuracy",
     claimed=2.73,
     identity={"gamma": 0.0},
-    experiment=("sums-lm", "decode/asc"),
+    experiment=("sums-lm(examples=400)", "decode/asc"),
     when="A reasoning model whose thoughts are wordy by habit, and some 50 to 100 problems solved both at length and "
     "concisely.",
     when_not="Thoughts that are long because the problem is, or a model that knows no concise way to think.",

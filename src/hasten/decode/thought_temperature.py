@@ -38,7 +38,7 @@ CARD = Card(
     "abstract's figure, half of the tokens, is that of TLDR, the trained half of the paper",
     claimed=None,
     identity={"temperature": 1.0},
-    experiment=("sums-lm", "decode/thought_temperature"),
+    experiment=("sums-lm(examples=400)", "decode/thought_temperature"),
     when="A reasoning model that goes on checking after it has the answer; it needs no calibration.",
     when_not="Thoughts that are long by their style and not by being gone through again, or problems that need all of "
     "the thought.",
