@@ -197,7 +197,7 @@ def _split(found: Workload, parsed: list[Plan]) -> list[tuple[Workload, list[Pla
             groups.append((dataclasses.replace(found, task="train"), training, "train"))  # type: ignore[call-arg]
     problems = []
     for workload, plans, mode in groups:
-        have = {name for name in ("calibration", "draft") if _overrides(workload, name)}
+        have = {name for name in ("calibration", "draft", "teacher") if _overrides(workload, name)}
         have |= {"steps"} if mode == "train" else set()
         have |= {"cuda"} if workload.device().type == "cuda" else set()
         for plan in plans:
