@@ -37,7 +37,7 @@ CARD = Card(
     claim="a third of the steps of one token a step, Dimple-7B, threshold 0.95",
     claimed=3.0,
     identity={"threshold": 1.0},
-    experiment=("stdlib-denoiser(task=infill, examples=192)", "decode/dimple(threshold=0.7)"),
+    experiment=("stdlib-denoiser(task=infill)", "decode/dimple(threshold=0.7)"),
     when="Text with easy stretches, of which the model is sure whatever stands in the other masks, and a schedule of "
     "one token a step otherwise.",
     when_not="A model whose confidence means little, or a schedule that already decides several tokens a step.",

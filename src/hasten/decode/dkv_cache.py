@@ -38,7 +38,7 @@ CARD = Card(
     claim="2x to 10x over the full computation, LLaDA-8B and Dream-7B, almost lossless with Decode",
     claimed=2.0,
     identity={"refresh": 1},
-    experiment=("stdlib-denoiser(task=infill, examples=192)", "decode/dkv_cache"),
+    experiment=("stdlib-denoiser(task=infill)", "decode/dkv_cache"),
     when="One or few tokens a step, and a prompt or decided text that is long beside the masks.",
     when_not="Few steps in all, nearly everything masked, or a model whose forward costs the same for few positions.",
     hosts=("diffusion_lm",),

@@ -35,7 +35,7 @@ CARD = Card(
     claim="12.14x on average over tasks together with Guided Diffusion, Dream-7B",
     claimed=12.14,
     identity="none: the prompt's keys are those of the first forward with every option",
-    experiment=("stdlib-denoiser(task=infill, examples=192)", "decode/freecache"),
+    experiment=("stdlib-denoiser(task=infill)", "decode/freecache"),
     when="Long prompts, and text that is filled in roughly from left to right, block by block.",
     when_not="Nearly everything masked, few steps in all, or a prompt whose reading depends much on the masked text.",
     hosts=("diffusion_lm",),
