@@ -41,9 +41,7 @@ Prompt = tuple[str, np.ndarray]
 class SpeedBench(Workload):
     model: str = option("target", "the bundled model, or a folder or hub name")
     draft_model: str = option("", "a smaller model with the same tokenizer; beside the bundled model the bundled draft")
-    prompts: str = option(
-        "", "JSON lines with category and turns, prompt, question or text; bundled ones when empty"
-    )
+    prompts: str = option("", "JSON lines with category and turns, prompt, question or text; bundled ones when empty")
     category: str = option("", "prompts of this category only")
     concurrency: int = option(1, "prompts that run together", least=1, most=512)
     count: int = option(48, "prompts, evenly from the categories", least=2, most=4096)
