@@ -21,10 +21,14 @@ import tempfile
 
 import torch
 
-FLAGS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"),
-    "AVX2": ("-mavx2", "-mfma"),
-}
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
+_VNNI = ("-mavx512vnni", *_AVX512)
+FLAGS = {"AMX": ("-mamx-tile", "-mamx-int8", *_VNNI), "AVX512_VNNI": _VNNI, "AVX512": _AVX512, "AVX2": _AVX2}
+_NEEDS = {
+    "AMX": {"amx_tile", "amx_int8", "avx512_vnni"},
+    "AVX512_VNNI": {"avx512_vnni"},
+}  # beside AVX512; cpuinfo's words
 _COMMON = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 _SECONDS = 120
 
@@ -51,6 +55,41 @@ def capability() -> str:
 
 
 @functools.cache
+def sets() -> tuple[str, ...]:
+    """The instruction sets to build for that run on this CPU, best first, "DEFAULT" (none) last.
+
+    AMX needs the operating system's leave too, which a library asks for itself.
+    """
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    line = re.search(r"^flags\s*:(.*)$", text, flags=re.MULTILINE)
+    words = set(line[1].split()) if line else set()
+    found = capability()
+    more = [one for one, needed in _NEEDS.items() if found == "AVX512" and needed <= words]
+    below = {"AVX512": ("AVX512", "AVX2"), "AVX2": ("AVX2",)}.get(found, ())
+    return (*more, *below, "DEFAULT")
+
+
+@functools.cache
+def flags() -> frozenset[str]:
+    """The features that the operating system lists for this CPU, in its words; empty where it has no /proc/cpuinfo."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    found = re.search(r"^flags\s*:(.*)$", text, flags=re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def isa() -> str:
+    """The best key of `FLAGS` that this CPU runs, for kernels with integer products; else `capability`'s word."""
+    found = capability()
+    return "AVX512_VNNI" if found == "AVX512" and "avx512_vnni" in flags() else found
+
+
+@functools.cache
 def library(source: str, defines: tuple[str, ...] = (), isa: str | None = None) -> ctypes.CDLL | None:
     """The loaded library of `source` (a file of this folder), built if it was not; None where it can't be built.
 
@@ -62,9 +101,9 @@ def library(source: str, defines: tuple[str, ...] = (), isa: str | None = None) 
     if found is None:
         return None
     file = pathlib.Path(__file__).with_name(source)
-    flags = (*_COMMON, *FLAGS.get(isa or capability(), ()), *("-D" + one for one in defines))
+    options = (*_COMMON, *FLAGS.get(isa or capability(), ()), *("-D" + one for one in defines))
     openmp = _openmp()
-    key = "\0".join((_text(file), *flags, *openmp, found, _version(found), platform.machine()))
+    key = "\0".join((_text(file), *options, *openmp, found, _version(found), platform.machine()))
     name = f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     for folder in (cache_folder(), pathlib.Path(tempfile.gettempdir()) / f"hasten-{os.getuid()}"):
         try:
@@ -72,7 +111,7 @@ def library(source: str, defines: tuple[str, ...] = (), isa: str | None = None) 
             if folder.stat().st_uid != os.getuid():  # another's folder could hold another's code
                 continue
             if not (folder / name).exists():
-                _build(found, file, flags, openmp, folder / name)
+                _build(found, file, options, openmp, folder / name)
             return ctypes.CDLL(str(folder / name))
         except (OSError, subprocess.SubprocessError):
             continue
