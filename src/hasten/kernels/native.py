@@ -73,23 +73,6 @@ def sets() -> tuple[str, ...]:
 
 
 @functools.cache
-def flags() -> frozenset[str]:
-    """The features that the operating system lists for this CPU, in its words; empty where it has no /proc/cpuinfo."""
-    try:
-        text = pathlib.Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    found = re.search(r"^flags\s*:(.*)$", text, flags=re.MULTILINE)
-    return frozenset(found.group(1).split()) if found else frozenset()
-
-
-def isa() -> str:
-    """The best key of `FLAGS` that this CPU runs, for kernels with integer products; else `capability`'s word."""
-    found = capability()
-    return "AVX512_VNNI" if found == "AVX512" and "avx512_vnni" in flags() else found
-
-
-@functools.cache
 def library(source: str, defines: tuple[str, ...] = (), isa: str | None = None) -> ctypes.CDLL | None:
     """The loaded library of `source` (a file of this folder), built if it was not; None where it can't be built.
 
