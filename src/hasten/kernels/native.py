@@ -25,10 +25,11 @@ _AVX2 = ("-mavx2", "-mfma")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *_AVX2)
 _VNNI = ("-mavx512vnni", *_AVX512)
 FLAGS = {"AMX": ("-mamx-tile", "-mamx-int8", *_VNNI), "AVX512_VNNI": _VNNI, "AVX512": _AVX512, "AVX2": _AVX2}
+# words of cpuinfo, beside AVX512
 _NEEDS = {
     "AMX": {"amx_tile", "amx_int8", "avx512_vnni"},
     "AVX512_VNNI": {"avx512_vnni"},
-}  # beside AVX512; cpuinfo's words
+}
 _COMMON = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 _SECONDS = 120
 
