@@ -91,4 +91,4 @@ def test_generate_leaves_the_model_alone():
 
 def test_unknown_models_are_told_how_to_be_described():
     with pytest.raises(UsageError):
-        hasten.apply(torch.nn.Conv2d(1, 1, 1), "quant/gptq", calibration=[torch.zeros(1, 1, 2, 2)])
+        hasten.apply(torch.nn.PReLU(), "quant/gptq", calibration=[torch.zeros(1, 1, 2, 2)])

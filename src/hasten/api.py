@@ -136,7 +136,7 @@ def apply(
     context = Context(_inputs(calibration, found, tokenizer), draft, teacher, seed)
     problems = []
     for method in parsed.methods:
-        if not hasattr(base_of(method), "install"):
+        if not hasattr(base_of(method), "install") or getattr(method, "training_only", False):
             problems.append(f"{method.name} acts on training: use hasten.training(...) or 'hasten train'")
     _raise(problems, parsed)
     parsed.check(have=context.have(), host=found.kind)

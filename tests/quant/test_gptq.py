@@ -7,11 +7,12 @@ from torch import nn
 import hasten
 from conformance import quant as common
 from hasten.core.errors import PlanError, UsageError
+from hasten.hosts import streaming
 from hasten.kernels import lowbit
-from hasten.quant import _calibration
+from hasten.quant._grids import grid
 from hasten.quant._linear import QuantLinear
 from hasten.quant.base import densify
-from hasten.quant.gptq import GPTQ, gptq, grid
+from hasten.quant.gptq import GPTQ, gptq
 from standins import timm
 
 
@@ -89,7 +90,7 @@ def test_singular_and_zero_hessians():
 def test_options_say_what_is_wrong():
     with pytest.raises(PlanError, match="power of two"):
         GPTQ(group=96)
-    with pytest.raises(PlanError, match="2, 3, 4, 8, 16"):
+    with pytest.raises(PlanError, match="2, 3, 4, 6, 8, 16"):
         GPTQ(bits=5)
     with pytest.raises(PlanError, match="calibration"):
         hasten.apply(common.build(), "quant/gptq")
@@ -190,7 +191,7 @@ def test_streamed_hessians_are_those_of_the_quantized_model_so_far():
     """A block sees what the quantized blocks before it give, as one whole forward of the final model shows."""
     model = common.build()
     seen = {}
-    gather = _calibration.Hessians.shared
+    gather = streaming.Inputs.shared
 
     def watched(self):
         for paths, hessian in gather(self):
@@ -198,7 +199,7 @@ def test_streamed_hessians_are_those_of_the_quantized_model_so_far():
             yield paths, hessian
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_calibration.Hessians, "shared", watched)
+        patch.setattr(streaming.Inputs, "shared", watched)
         hasten.apply(model, "quant/gptq(bits=3, group=32)", calibration=common.calibration())
     inputs = []
     path = "model.layers.1.self_attn.k_proj"
@@ -213,21 +214,21 @@ def test_streamed_hessians_are_those_of_the_quantized_model_so_far():
 
 def test_only_one_block_of_hessians_is_held(monkeypatch):
     gathered, alive = [], []
-    add = _calibration.Hessians._add
+    add = streaming.Inputs._add
 
     def watched(self, path, x):
         if self not in gathered:
             gathered.append(self)
         add(self, path, x)
-        alive.append(sum(matrix.numel() for one in gathered for matrix in one._sums.values()))
+        alive.append(sum(matrix.total.numel() for one in gathered for matrix in one._sums.values()))
 
-    monkeypatch.setattr(_calibration.Hessians, "_add", watched)
+    monkeypatch.setattr(streaming.Inputs, "_add", watched)
     hasten.apply(common.build(), "quant/gptq", calibration=common.calibration())
     assert len(gathered) == 2 and max(alive) == 3 * 48**2 + 100**2  # attention's two inputs, the MLP's two
 
 
 def test_plain_modules_are_calibrated_in_portions(monkeypatch):
-    monkeypatch.setattr(_calibration, "HESSIAN_BYTES", 4 * 64**2)
+    monkeypatch.setattr(streaming, "GATHERED_BYTES", 4 * 64**2)
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(3)]).eval()
     calls = []
     model.register_forward_pre_hook(lambda *_: calls.append(1))

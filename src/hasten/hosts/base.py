@@ -10,6 +10,8 @@ from torch import nn
 
 from hasten.core.errors import UsageError
 from hasten.hosts.changes import Changes
+from hasten.hosts.structure import is_projection
+from hasten.hosts.weights import Weight, is_held, is_unfoldable
 
 
 @dataclasses.dataclass
@@ -62,6 +64,28 @@ class Host:
     def linears(self) -> dict[str, nn.Linear]:
         """The linear layers that hold the model's weight, path to module, in order; heads and embeddings left out."""
         return {path: part for path, part in self.model.named_modules() if isinstance(part, nn.Linear)}
+
+    def weights(self) -> dict[str, Weight]:
+        """What compression decides about, path to matrix: `linears`, sparse layers, a plain model's convolutions.
+
+        Heads, embeddings and matrices that several modules share are left out.
+        """
+        users: dict[int, int] = {}
+        for _, parameter in self.model.named_parameters(remove_duplicate=False):
+            users[parameter.data_ptr()] = users.get(parameter.data_ptr(), 0) + 1
+        heads = [getattr(self, name, None) for name in ("lm_head", "head")]
+        return {
+            path: Weight(path, part)
+            for path, part in self._weighted()
+            if is_held(part)
+            or (is_projection(part) or (self.kind == "module" and is_unfoldable(part)))
+            and users.get(part.weight.data_ptr(), 0) == 1  # type: ignore[operator,union-attr]
+            and not any(part is head for head in heads)
+        }
+
+    def _weighted(self) -> Iterable[tuple[str, nn.Module]]:
+        """The modules among which `weights` looks."""
+        return self.model.named_modules()
 
     def matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that are matrices of hidden layers: what matrix optimizers act on."""

@@ -70,6 +70,9 @@ class BlockHost(Host):
             if is_projection(part):
                 yield path, part
 
+    def _weighted(self) -> Iterable[tuple[str, nn.Module]]:
+        return self.blocks.named_modules(prefix=self.blocks_path)
+
     def keep_layers(self, indices: Iterable[int]) -> None:
         """Removes all other blocks. The same set as now changes nothing.
 

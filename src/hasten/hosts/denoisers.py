@@ -81,11 +81,17 @@ class DenoiserHost(Host):
         return dict(self._projections())
 
     def _projections(self) -> Iterator[tuple[str, nn.Linear]]:
+        for name, part in self._weighted():
+            if is_projection(part):
+                yield name, part  # type: ignore[misc]
+
+    def _weighted(self) -> Iterator[tuple[str, nn.Module]]:
+        if not self._block_paths:
+            yield from super()._weighted()
         for path in self._block_paths:
             for child, module in self.model.get_submodule(path).named_children():
-                for name, part in module.named_modules(prefix=f"{path}.{child}"):
-                    if is_projection(part) and not is_norm(module):
-                        yield name, part  # type: ignore[misc]
+                if not is_norm(module):
+                    yield from module.named_modules(prefix=f"{path}.{child}")
 
     @property
     def patch_embedding(self) -> nn.Module | None:

@@ -14,10 +14,11 @@ from hasten.hosts.diffusion_lm import DiffusionLMHost, refuse_canvas
 from hasten.hosts.records import record_of
 from hasten.hosts.structure import attention_child, is_conv1d, longest_list
 from hasten.hosts.vit import ViTHost
+from hasten.hosts.weights import is_unfoldable
 
 
 class ModuleHost(Host):
-    """The host of any module with linear layers."""
+    """The host of any module with linear layers or convolutions."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -73,8 +74,8 @@ def _find(model: nn.Module) -> Host:
             return DiffusionLMHost(model, blocks)
         if _is_causal(model, blocks):
             return DecoderHost(model, blocks)
-    if not any(isinstance(part, nn.Linear) or is_conv1d(part) for part in model.modules()):
-        found = f"{type(model).__name__} has no linear layers, so there is nothing to make faster"
+    if not any(isinstance(part, nn.Linear) or is_conv1d(part) or is_unfoldable(part) for part in model.modules()):
+        found = f"{type(model).__name__} has no linear layers or convolutions, so there is nothing to make faster"
         raise UsageError(f"{found}. {how_to_describe(model, 'decoder')}")
     return ModuleHost(model)
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from hasten.core.cards import Card
 from hasten.core.errors import UsageError
 from hasten.core.options import Method, option
-from hasten.math.shapes import Float, Int
-from hasten.quant.base import FULL_BITS, Codes
+from hasten.math.shapes import Float
+from hasten.quant._grids import Triple, grid
+from hasten.quant.base import FULL_BITS, Codes, group_problems, whole_group
 
 CARD = Card(
     title="GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
@@ -42,9 +43,6 @@ CARD = Card(
     when="Generation at small batch with layers from about 1000 inputs up, where reading weights is what takes time.",
     when_not="Narrow models, whose weights fit the processor's cache, and large batches: there only memory is saved.",
 )
-
-GRID, SHRINK, NORM = 100, 0.8, 2.4  # of the search for ranges, as in the official code
-Triple = tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]
 
 
 def naive_gptq(
@@ -128,32 +126,6 @@ def gptq(
     return torch.empty_like(codes).index_copy_(0, order, codes).t(), scales, zeros
 
 
-def grid(w: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [rows] whose codes reach from the least to the largest of w [rows, columns], and zero."""
-    maximum = 2**bits - 1
-    low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
-    if symmetric:
-        high = torch.maximum(low.abs(), high)
-        low = torch.where(low < 0, -high, low)
-    empty = (low == 0) & (high == 0)
-    low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-    middle = torch.full_like(low, (maximum + 1) / 2)
-    best_scale = (high - low) / maximum
-    best_zero = middle if symmetric else torch.round(-low / best_scale)
-    if not mse:
-        return best_scale, best_zero
-    least = torch.full_like(low, torch.inf)
-    for step in range(int(SHRINK * GRID)):
-        scale = (high - low) * (1 - step / GRID) / maximum
-        zero = middle if symmetric else torch.round(-low * (1 - step / GRID) / scale)
-        code = torch.clamp(torch.round(w / scale[:, None]) + zero[:, None], 0, maximum)
-        error = (scale[:, None] * (code - zero[:, None]) - w).abs().pow(NORM).sum(1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-    return best_scale, best_zero
-
-
 def damped(hessian: Tensor, damp: float) -> Tensor:
     """H + damp * mean(diag H) * I; inputs that were always zero count as the mean of the others."""
     diagonal = hessian.diagonal()
@@ -176,24 +148,23 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class GPTQ(Method):
-    bits: int = option(4, "bits of a weight; 16 leaves the model as it is", choices=(2, 3, 4, 8, FULL_BITS))
-    group: int = option(128, "columns that share a scale, a power of two from 32 up; 0: the whole row", least=0)
+    bits: int = option(4, "bits of a weight; 16 leaves the model as it is", choices=(2, 3, 4, 6, 8, FULL_BITS))
+    group: int = option(128, "columns that share a scale, a power of two from 16 up; 0: the whole row", least=0)
     damp: float = option(0.01, "added to the diagonal of the Hessian, as a fraction of its mean", above=0, most=1)
     act_order: bool = option(False, "quantize the columns with the largest inputs first")
     symmetric: bool = option(False, "the zero point is the middle code")
     mse: bool = option(False, "search each range for the least error rather than covering all weights")
+    activations: int = option(8, "8: products round their inputs to 8 bits, 64 at a time; 32: not", choices=(8, 32))
     ignore: tuple[str, ...] = option((), "paths of layers that stay as they are; * stands for anything")
 
     def problems(self) -> list[str]:
-        if self.group and (self.group < 32 or self.group & (self.group - 1)):
-            return [f"group must be 0 or a power of two from 32 up, not {self.group}"]
-        return []
+        return group_problems(self.group)
 
     def quantize(self, weight: Tensor, hessian: Tensor) -> Codes:
-        group = self.group or max(32, 1 << (weight.shape[1] - 1).bit_length())
+        group = whole_group(self.group, weight)
         codes, scales, zeros = gptq(weight, hessian, bits=self.bits, group=group, damp=self.damp,
                                     act_order=self.act_order, symmetric=self.symmetric, mse=self.mse)  # fmt: skip
-        return Codes(codes, scales, zeros, group)
+        return Codes(codes, scales, zeros, group, self.bits, activations=self.activations)
 
 
 METHOD = GPTQ

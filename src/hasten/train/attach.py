@@ -38,7 +38,7 @@ def attach_plan(run: Any, context: Context) -> None:
     mark = len(run.host.changes)
     try:
         for method, base in zip(run.plan.methods, bases, strict=True):
-            if hasattr(base, "install"):
+            if hasattr(base, "install") and not getattr(method, "training_only", False):
                 run.resize(lambda _, method=method, base=base: _install(base, method, run, context))
             if hasattr(base, "attach"):
                 base.attach(method, run)
