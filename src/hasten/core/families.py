@@ -28,6 +28,7 @@ FAMILIES: dict[str, str] = {
 SEAMS: dict[str, str] = {
     "weights.resize": "the weights' shapes change during training",
     "layers.keep": "which layers and sublayers exist",
+    "weights.keep": "which single weights or blocks of them exist",
     "linear.weight": "how a linear layer stores and multiplies its weight",
     "tokens.keep": "which tokens pass from block to block",
     "attention.mask": "which keys a query sees",
