@@ -1,0 +1,267 @@
+// y = x W^T + b where bands of r rows of W have their own lists of columns (contract: kernels/block_sparse.py). Many tokens: x is
+// turned into panels [K][tokens], and the weights of R rows in one column are multiplied with T vectors of tokens, R x T sums in
+// registers; a chunk of bands that fits in the cache meets all panels. Few tokens: a vector of rows at a time. Codes of eight bits
+// go through block_vnni.h where the CPU has the instruction, else they are multiplied in fp32. Built by hasten/kernels/native.py.
+#include "vectors.h"
+#ifdef __linux__
+#include <unistd.h>
+#endif
+
+extern "C" struct Product {  // kernels/block_sparse.py has the same fields
+    const void* values;      // fp32 [n, r], or int8 [n / 4, r, 4]
+    const int32_t* columns;  // [n]
+    const int32_t* starts;   // [bands + 1], in columns
+    const float* scales;     // [bands * r] of codes; null: fp32
+    const int32_t* sums;     // [bands * r], of the codes of a row
+    const float* bias;       // [bands * r] or null
+    const float* x;          // [count, width]
+    float* y;                // [count, rows]
+    int64_t r, bands, count, rows, width, threads, vnni;
+};
+
+namespace {
+
+constexpr int64_t TALLEST = 64;  // rows of a band at most, and of a tile
+constexpr int64_t FEW = 8;       // tokens up to which rows are vectorised
+
+// Bytes of weights that stay in a core's own cache while all panels of tokens go by.
+int64_t resident() {
+#if defined __linux__ && defined _SC_LEVEL2_CACHE_SIZE
+    static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    constexpr int64_t size = 0;
+#endif
+    return std::min<int64_t>(1 << 20, std::max<int64_t>(256 << 10, size / 2));
+}
+
+// The symmetric eight-bit code of each token: what a code stands for, and its inverse. NaN stays NaN.
+void ranges(const Product& p, int64_t m, float* scale, float* inverse) {
+    const float* x = p.x + m * p.width;
+    vfloat high = {}, odd = {};
+    int64_t k = 0;
+    for (; k + WIDTH <= p.width; k += WIDTH) {
+        const vfloat v = load(x + k), size = v < 0.f ? -v : v;
+        high = size > high ? size : high, odd += v * 0.f;
+    }
+    float most = 0, wrong = sum(odd);
+    for (int i = 0; i < WIDTH; i++) most = std::max(most, high[i]);
+    for (; k < p.width; k++) most = std::max(most, std::fabs(x[k])), wrong += x[k] * 0.f;
+    *scale = most / 127.f + wrong, *inverse = most > 0 ? 127.f / most : 0.f;
+}
+
+// How tokens are cut into panels of up to `most` vectors, as even as can be.
+struct Panels {
+    int64_t units, number;
+
+    Panels(int64_t count, int64_t vector, int64_t most) : units((count + vector - 1) / vector), number((units + most - 1) / most) {}
+    int64_t first(int64_t panel) const { return units * panel / number; }
+    int64_t vectors(int64_t panel) const { return first(panel + 1) - first(panel); }
+};
+
+// Bands that make up a tile, so that what is stored is a run of memory.
+struct Tiles {
+    int64_t bands, number;
+
+    explicit Tiles(const Product& p) : bands(std::max<int64_t>(1, TALLEST / p.r)), number((p.bands + bands - 1) / bands) {}
+};
+
+// tile[rows][stride] of tokens m.. to y, with scales and bias.
+void put(const Product& p, const float* tile, int64_t stride, int64_t row, int64_t rows, int64_t m, const float* scale) {
+    float back[TALLEST / PANEL][96 * PANEL];  // a panel has at most 96 tokens
+    const int64_t tokens = std::min(stride, p.count - m), whole = std::min(stride, round_up(tokens, PANEL));
+    rows = std::min(rows, p.rows - row);
+    for (int64_t at = 0; at < rows; at += PANEL) {
+        const float* from[PANEL];
+        for (int64_t i = 0; i < PANEL; i++) from[i] = tile + std::min(at + i, rows - 1) * stride;
+        columns(from, whole, back[at / PANEL]);
+    }
+    for (int64_t t = 0; t < tokens; t++) {
+        float* to = p.y + (m + t) * p.rows + row;
+        int64_t at = 0;
+        for (; at + PANEL <= rows; at += PANEL)
+            for (int64_t i = 0; i < PANEL; i += WIDTH) {
+                vfloat v = load(back[at / PANEL] + t * PANEL + i);
+                if (scale) v *= load(p.scales + row + at + i) * scale[m + t];
+                if (p.bias) v += load(p.bias + row + at + i);
+                store(to + at + i, v);
+            }
+        for (; at < rows; at++) {
+            const float v = back[at / PANEL][t * PANEL + at % PANEL];
+            to[at] = (scale ? v * (p.scales[row + at] * scale[m + t]) : v) + (p.bias ? p.bias[row + at] : 0.f);
+        }
+    }
+}
+
+// fn(tile, panel) for all of both; called by all threads. A thread takes weights that fit in its cache and meets all panels.
+template <class Fn>
+INLINE void chunks(const Product& p, int64_t panels, int64_t bytes, Fn fn) {
+    const Tiles tiles(p);
+    const int64_t total = p.starts[p.bands] * p.r * bytes;
+    const int64_t number = std::min(tiles.number, (total / resident() / p.threads + 1) * p.threads);
+    const int64_t spans = number >= 4 * p.threads ? 1 : std::min<int64_t>(panels, 4);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < number * spans; task++) {
+        const int64_t span = task / number, c = task % number;
+        for (int64_t panel = panels * span / spans; panel < panels * (span + 1) / spans; panel++)
+            for (int64_t t = tiles.number * c / number; t < tiles.number * (c + 1) / number; t++) fn(t, panel);
+    }
+}
+
+template <int R, int T, bool CODED>
+void pass(const Product& p, int64_t band, int64_t sub, const float* panel, float* tile) {
+    constexpr int64_t STRIDE = T * WIDTH;
+    vfloat acc[R][T] = {};
+    const float* const weights = (const float*)p.values + sub;
+    const int8_t* const codes = (const int8_t*)p.values + sub * 4;
+    for (int64_t i = p.starts[band], end = p.starts[band + 1]; i < end; i++) {
+        const float* x = panel + (int64_t)p.columns[i] * STRIDE;
+        vfloat xs[T];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) xs[t] = load(x + t * WIDTH);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const vfloat w = splat(CODED ? (float)codes[(i / 4 * p.r + r) * 4 + i % 4] : weights[i * p.r + r]);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) acc[r][t] += w * xs[t];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) store(tile + (sub + r) * STRIDE + t * WIDTH, acc[r][t]);
+}
+
+// Many tokens. x: p.x, or its codes.
+template <int R, int T, bool CODED>
+void many(const Product& p, const float* x, const float* scale) {
+    constexpr void (*PASSES[])(const Product&, int64_t, int64_t, const float*, float*) = {
+        pass<R, 1, CODED>,
+        pass<R, (T > 2 ? 2 : T), CODED>,
+        pass<R, (T > 3 ? 3 : T), CODED>,
+        pass<R, (T > 4 ? 4 : T), CODED>,
+        pass<R, (T > 5 ? 5 : T), CODED>,
+        pass<R, (T > 6 ? 6 : T), CODED>,
+    };
+    static_assert(T <= 6, "the table of passes");
+    const Panels panels(p.count, WIDTH, T);
+    const Tiles tiles(p);
+    Buffer turned(panels.units * WIDTH * p.width);
+    const int64_t parts = (p.width + 255) / 256;
+#pragma omp parallel num_threads(p.threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t job = 0; job < panels.number * parts; job++) {
+            const int64_t panel = job / parts, first = panels.first(panel), vectors = panels.vectors(panel);
+            float* const to = turned.floats() + first * WIDTH * p.width;
+            const int64_t last = std::min(p.width, (job % parts + 1) * 256);
+            for (int64_t v = 0; v < vectors; v++)
+                for (int64_t k = job % parts * 256; k < last; k += PANEL) {
+                    const float* from[PANEL];
+                    float square[PANEL * PANEL];
+                    for (int64_t i = 0; i < PANEL; i++)
+                        from[i] = x + std::min((first + v) * WIDTH + std::min<int64_t>(i, WIDTH - 1), p.count - 1) * p.width + k;
+                    const int64_t have = std::min<int64_t>(PANEL, last - k);
+                    columns(from, have, square);
+                    for (int64_t i = 0; i < have; i++)
+                        store(to + ((k + i) * vectors + v) * WIDTH, load(square + i * PANEL));
+                }
+        }
+        float tile[TALLEST * T * WIDTH];
+        chunks(p, panels.number, CODED ? 1 : 4, [&](int64_t t, int64_t panel) {
+            const int64_t first = panels.first(panel), vectors = panels.vectors(panel), stride = vectors * WIDTH;
+            const int64_t begin = t * tiles.bands, end = std::min(p.bands, begin + tiles.bands);
+            for (int64_t band = begin; band < end; band++)
+                for (int64_t sub = 0; sub < p.r; sub += R)
+                    PASSES[vectors - 1](p, band, sub, turned.floats() + first * WIDTH * p.width,
+                                        tile + (band - begin) * p.r * stride);
+            put(p, tile, stride, begin * p.r, (end - begin) * p.r, first * WIDTH, scale);
+        });
+    }
+}
+
+template <bool CODED>
+void many_of(const Product& p, const float* x, const float* scale) {
+#ifdef __AVX512F__
+    if (p.r % 8 == 0) return many<8, 3, CODED>(p, x, scale);
+    if (p.r % 4 == 0) return many<4, 6, CODED>(p, x, scale);
+    return p.r % 2 ? many<1, 6, CODED>(p, x, scale) : many<2, 6, CODED>(p, x, scale);
+#else
+    if (p.r % 4 == 0) return many<4, 3, CODED>(p, x, scale);
+    return p.r % 2 ? many<1, 6, CODED>(p, x, scale) : many<2, 4, CODED>(p, x, scale);
+#endif
+}
+
+// W rows of a band for M tokens; chains of additions hide the latency of one.
+template <int W, int M>
+INLINE void lanes(const Product& p, int64_t band, int64_t sub, const float* x, float* y) {
+    typedef float vec __attribute__((vector_size(4 * W)));
+    constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;
+    vec acc[M][CHAINS] = {};
+    const float* const weights = (const float*)p.values + sub;
+    auto step = [&](int64_t i, int chain) __attribute__((always_inline)) {
+        vec w;
+        memcpy(&w, weights + i * p.r, sizeof w);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) acc[m][chain] += w * x[m * p.width + p.columns[i]];
+    };
+    int64_t i = p.starts[band];
+    const int64_t end = p.starts[band + 1];
+    for (; i + CHAINS <= end; i += CHAINS)
+#pragma GCC unroll 4
+        for (int c = 0; c < CHAINS; c++) step(i + c, c);
+    for (; i < end; i++) step(i, 0);
+    const int64_t row = band * p.r + sub;
+    for (int m = 0; m < M; m++) {
+        for (int c = 1; c < CHAINS; c++) acc[m][0] += acc[m][c];
+        float* to = y + m * p.rows + row;
+        if (row + W <= p.rows) {
+            vec b = {};
+            if (p.bias) memcpy(&b, p.bias + row, sizeof b);
+            b += acc[m][0];
+            memcpy(to, &b, sizeof b);
+        } else
+            for (int64_t w = 0; w < p.rows - row; w++) to[w] = acc[m][0][w] + (p.bias ? p.bias[row + w] : 0.f);
+    }
+}
+
+template <int W>
+void few(const Product& p) {
+    const int64_t pieces = p.threads > 1 ? std::min(p.bands, 4 * p.threads) : 1;
+#pragma omp parallel for num_threads(p.threads) schedule(dynamic, 1) if (pieces > 1)
+    for (int64_t piece = 0; piece < pieces; piece++)
+        for (int64_t band = p.bands * piece / pieces; band < p.bands * (piece + 1) / pieces; band++)
+            for (int64_t sub = 0; sub < p.r; sub += W) {
+                int64_t m = 0;
+                for (; m + 4 <= p.count; m += 4) lanes<W, 4>(p, band, sub, p.x + m * p.width, p.y + m * p.rows);
+                for (; m + 2 <= p.count; m += 2) lanes<W, 2>(p, band, sub, p.x + m * p.width, p.y + m * p.rows);
+                for (; m < p.count; m++) lanes<W, 1>(p, band, sub, p.x + m * p.width, p.y + m * p.rows);
+            }
+}
+
+void plain(const Product& p) {
+    if (p.count > FEW || p.r % 4) return many_of<false>(p, p.x, nullptr);
+#ifdef __AVX512F__
+    if (p.r % 16 == 0) return few<16>(p);
+#endif
+    return p.r % 8 == 0 ? few<8>(p) : few<4>(p);
+}
+
+}  // namespace
+
+#ifdef __AVX512F__
+#include "block_vnni.h"
+#endif
+
+extern "C" void hasten_block_sparse(const Product* given) {
+    const Product& p = *given;
+    if (!p.scales) return plain(p);
+    std::vector<float> scale(p.count), inverse(p.count);
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+    for (int64_t m = 0; m < p.count; m++) ranges(p, m, &scale[m], &inverse[m]);
+#ifdef __AVX512F__
+    if (p.vnni && p.r % 4 == 0 && __builtin_cpu_supports("avx512vnni")) return coded(p, scale.data(), inverse.data());
+#endif
+    Buffer codes(p.count * p.width);
+    for (int64_t m = 0; m < p.count; m++)
+        for (int64_t k = 0; k < p.width; k++)
+            codes.floats()[m * p.width + k] = std::nearbyint(p.x[m * p.width + k] * inverse[m]);
+    many_of<true>(p, codes.floats(), scale.data());
+}
