@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from hasten.core.cards import Card
-from hasten.core.errors import UsageError
 from hasten.core.options import Method, option
 from hasten.math.shapes import Float
 from hasten.quant._grids import Triple, grid
+from hasten.quant._solve import damped, inverse_factor
 from hasten.quant.base import FULL_BITS, Codes, group_problems, whole_group
 
 CARD = Card(
@@ -124,26 +124,6 @@ def gptq(
             errors[q - start] = error
         w[end:] -= factor[start:end, end:].t() @ errors
     return torch.empty_like(codes).index_copy_(0, order, codes).t(), scales, zeros
-
-
-def damped(hessian: Tensor, damp: float) -> Tensor:
-    """H + damp * mean(diag H) * I; inputs that were always zero count as the mean of the others."""
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    mean = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
-    return hessian + torch.diag(mean * (damp + dead))
-
-
-def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor U of the inverse of the damped Hessian, H^-1 = U^T U."""
-    while damp <= 1:
-        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damp))
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
-                return upper
-        damp = max(10 * damp, 1e-4)
-    raise UsageError("the calibration inputs of a layer give no invertible Hessian: use more or other calibration data")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,30 @@
+"""The inverse of a layer's Hessian, as the methods need it that quantize column by column."""
+
+import torch
+from torch import Tensor
+
+from hasten.core.errors import UsageError
+
+
+def damped(hessian: Tensor, damp: float) -> Tensor:
+    """H + damp * mean(diag H) * I; inputs that were always zero count as the mean of the others."""
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
+    return hessian + torch.diag(mean * (damp + dead))
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor U of the inverse of the damped Hessian, H^-1 = U^T U.
+
+    Raises:
+        UsageError: the Hessian is not positive definite even with strong damping.
+    """
+    while damp <= 1:
+        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damp))
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and upper.isfinite().all():
+                return upper
+        damp = max(10 * damp, 1e-4)
+    raise UsageError("the calibration inputs of a layer give no invertible Hessian: use more or other calibration data")
