@@ -245,7 +245,7 @@ def _fitting(waiting: list[str], weights: dict[str, Weight], statistic: type[Sta
     return waiting
 
 
-class _StopError(Exception):
+class StopError(Exception):
     """Ends a forward once the block of interest has run."""
 
 
@@ -260,27 +260,27 @@ def _through(host: Host, chain: list[str], batch: dict[str, Any], entering: Any,
 
     def leave(_module: nn.Module, _given: Any, output: Any) -> None:
         out.append(output)
-        raise _StopError
+        raise StopError
 
     if inputs is not None:
         inputs.mask = batch.get("attention_mask")
     with contextlib.ExitStack() as undo:
         for block in blocks[:-1]:
-            undo.enter_context(_returning(block, entering))
+            undo.enter_context(returning(block, entering))
         undo.callback(blocks[-1].register_forward_hook(leave).remove)
-        with contextlib.suppress(_StopError):
-            host.forward(_uncached(host, batch))
+        with contextlib.suppress(StopError):
+            host.forward(uncached(host, batch))
     if not out:
         raise UsageError(f"the model's forward did not run {chain[-1]}: it can't be calibrated")
     return out[0]
 
 
-def _uncached(host: Host, batch: dict[str, Any]) -> dict[str, Any]:
+def uncached(host: Host, batch: dict[str, Any]) -> dict[str, Any]:
     return {"use_cache": False} | batch if hasattr(host.model, "config") and host.kind == "decoder" else batch
 
 
 @contextlib.contextmanager
-def _returning(block: nn.Module, value: Any) -> Iterator[None]:
+def returning(block: nn.Module, value: Any) -> Iterator[None]:
     """The block's forward returns a copy of `value`."""
     before = vars(block).get("forward")
     block.forward = lambda *_, **__: tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, value)
