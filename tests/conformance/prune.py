@@ -17,6 +17,11 @@ def run(handle: Any) -> tuple[torch.Tensor, ...]:
     return first[:, -1], rest, write(handle.model, batch)
 
 
+SMALL: dict[str, Any] = {"keep": 0.5, "speedup": 2.0, "sparsity": 0.5}
+
+
 def subject(method_class: type) -> dict[str, Any]:
-    small = {"keep": 0.5} if "keep" in method_class.__dataclass_fields__ else {"speedup": 2.0}
+    small = {name: value for name, value in SMALL.items() if name in method_class.__dataclass_fields__}
+    if "layout" in method_class.__dataclass_fields__:
+        small["layout"] = "dense"
     return {"model": llama, "options": small, "context": {"calibration": [padded_batch()]}, "run": run}
