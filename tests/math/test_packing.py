@@ -28,13 +28,25 @@ def test_a_wide_row_takes_exactly_its_bits(bits):
     assert packing.pack(codes_of(3, 4096, bits), bits).numel() == 3 * 4096 * bits // 8
 
 
+def set_bits(columns, bits, **codes):
+    """Which bits are set, as {byte: value}, when these columns hold these codes."""
+    row = torch.zeros(1, columns, dtype=torch.uint8)
+    for column, code in codes.items():
+        row[0, int(column.removeprefix("c"))] = code
+    packed = packing.pack(row, bits)[0]
+    return {int(i): int(packed[i]) for i in packed.nonzero()[:, 0]}
+
+
 def test_layout_golden():
-    """Four bits: column 0 is the low nibble of byte 0, column 16 its high nibble, column 1 opens the next lane."""
-    codes = torch.zeros(1, 128, dtype=torch.uint8)
-    codes[0, 0], codes[0, 16], codes[0, 1], codes[0, 127] = 5, 9, 3, 15
-    packed = packing.pack(codes, 4)[0]
-    assert packed[0] == 0x95 and packed[4] == 3 and packed[63] == 0xF0
-    assert int((packed != 0).sum()) == 3
+    """The low nibble of byte 0 is column 0, the high one column 64; a trailing half unit steps by 32."""
+    assert set_bits(128, 4, c0=5, c64=9, c1=3, c127=15) == {0: 0x95, 1: 3, 63: 0xF0}
+    assert set_bits(64, 4, c0=5, c32=9, c63=1) == {0: 0x95, 31: 0x10}
+    assert set_bits(256, 2, c0=1, c64=2, c128=3, c255=3) == {0: 0b111001, 63: 0xC0}
+    assert set_bits(256, 3, c0=5, c64=6, c255=4) == {0: 0b1001, 64: 1, 72: 1, 95: 0x80}
+    assert set_bits(128, 3, c32=6, c127=4) == {0: 0b1000, 36: 1, 47: 0x80}
+    assert set_bits(128, 6, c0=0x2F, c33=0x10, c64=0x31, c127=0x20) == {0: 0x1F, 64: 0x32, 65: 0x04, 95: 0x80}
+    assert set_bits(64, 6, c17=0x30, c32=0x25) == {0: 0x50, 32: 0x20, 33: 0x0C}
+    assert set_bits(64, 8, c0=200, c63=7) == {0: 200, 63: 7}
 
 
 def test_any_integer_type_and_non_contiguous_codes():

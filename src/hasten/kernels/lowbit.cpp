@@ -1,200 +1,380 @@
-// y = x W^T + b with W held as packed codes of BITS = 2, 3, 4 or 8 bits (layout: hasten/math/packing.py), one scale and zero
-// per row and group: w = scale * (code - zero). Codes become weights in registers, a vector of columns at a time; the dense
-// weight never exists. With AVX-512 and up to four bits one permute does it: the 16 entries of a table are the weights that
-// the codes stand for in this group. Plain C interface over raw pointers; built by hasten/kernels/native.py with -DBITS=n.
-#include <cstdint>
-#include <cstring>
+// y = x W^T + b with W held as packed codes of BITS = 2, 3, 4, 6 or 8 bits (layout: hasten/math/packing.py) and statistics per
+// row and group (hasten/kernels/lowbit_weights.py). A tile is a few rows of W times a few rows of x; in it, the sum over the 64
+// columns of a block is taken over codes, and only that is scaled:
+//     y[n] = sum_g scale[n, g] * (sum_{k in g} code[n, k] x[k] - zero[n, g] sum_{k in g} x[k])
+// The sums over x are taken once. With activations of 8 bits the inner sum is one of whole numbers. The dense weight never
+// exists. Plain C interface over raw pointers; built by hasten/kernels/native.py with -DBITS=n.
+#include "lowbit_codes.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
 
 #ifdef __AVX512F__
-#include <immintrin.h>
-#define WIDTH 16  // columns in a vector
-#define ROWS 4    // rows of W in a tile
-#else
-#define WIDTH 8
-#define ROWS 2
-#endif
+#define ROWS 4   // rows of W in a tile
 #define COUNT 4  // rows of x in a tile
-#define TABLE (WIDTH == 16 && BITS <= 4)
-
-typedef float vfloat __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t vint __attribute__((vector_size(4 * WIDTH)));
-typedef uint16_t vshort __attribute__((vector_size(2 * WIDTH)));
-typedef uint8_t vbyte __attribute__((vector_size(WIDTH)));
-
-namespace {
-
-constexpr int PLANE = BITS == 3 ? 2 : BITS, SLOTS = 32 / PLANE, UNIT = 16 * SLOTS;
+#elif defined(__AVX2__)
+#define ROWS 2
+#define COUNT 4
+#else  // quick to build
+#define ROWS 1
+#define COUNT 1
+#endif
+#define LOOKUP (WIDTH == 16 && BITS <= 4)  // one permute turns codes into numbers
 
 struct Weight {
     const uint8_t* packed;  // [rows, row_bytes]
-    const float* scales;    // [rows, groups]
-    const float* zeros;     // [rows, groups]
-    const float* bias;      // [rows] or null
-    int64_t rows, columns, row_bytes, groups, group;  // columns: padded; group: a power of two from 32 up
+    const void *scales, *zeros, *bias;
+    const float *tables, *levels;
+    int64_t rows, columns, width, groups, group;          // columns: padded to a packed row's; width: the weight's
+    int64_t scale_kind, zero_kind, bias_kind, one_zero, count;  // kinds: 0 fp32, 1 fp16, 2 uint8, 3 int32, 4 bf16
 };
 
-template <class V>
-inline V load(const void* from) {
-    V v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
+namespace {
 
-inline vfloat madd(vfloat a, vfloat b, vfloat c) { return a * b + c; }  // contracted to one instruction
+constexpr int CENTRE = 1 << (BITS - 1);  // codes are summed around it where x is fp32: less to cancel
+constexpr int ENTRIES = BITS <= 4 ? 1 << BITS : 1;
 
+INLINE vfloat madd(vfloat a, vfloat b, vfloat c) { return a * b + c; }  // contracted to one instruction
+INLINE vfloat splat(float x) { return x - vfloat{}; }
+INLINE vfloat floats(vint v) { return __builtin_convertvector(v, vfloat); }
+
+inline float total(vfloat v) {
 #ifdef __AVX512F__
-inline __m128 fold(vfloat v) {
-    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-#endif
-
-// The sum of each of R vectors; four at once share their additions.
-template <int R>
-inline void sum(const vfloat* v, float* out) {
-#ifdef __AVX512F__
-    if (R == 4) {
-        const __m128 low = _mm_hadd_ps(fold(v[0]), fold(v[1])), high = _mm_hadd_ps(fold(v[2]), fold(v[3]));
-        _mm_storeu_ps(out, _mm_hadd_ps(low, high));
-        return;
-    }
-    for (int r = 0; r < R; r++) out[r] = _mm512_reduce_add_ps((__m512)v[r]);
+    return _mm512_reduce_add_ps((__m512)v);
 #else
-    for (int r = 0; r < R; r++)
-        out[r] = ((v[r][0] + v[r][4]) + (v[r][1] + v[r][5])) + ((v[r][2] + v[r][6]) + (v[r][3] + v[r][7]));
+    return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
 #endif
 }
 
-// The words of (a WIDTH-wide part of) one unit of one row; slot after slot is shifted out.
-struct Words {
-    vint low, high;
+float half(uint16_t from) {
+    const uint32_t x = from, endless = (x & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+    uint32_t bits = (x & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &bits, 4);
+    value *= 5.192296858534828e33f;  // 2^112: the exponents' biases differ by that much
+    memcpy(&bits, &value, 4);
+    bits |= (x & 0x8000) << 16 | endless;
+    memcpy(&value, &bits, 4);
+    return value;
+}
 
-    inline void whole(const uint8_t* at, int part) {
-        low = load<vint>(at + 4 * WIDTH * part);
-        if (BITS == 3) high = __builtin_convertvector(load<vshort>(at + 64 + 2 * WIDTH * part), vint) << 2;
-    }
-    inline void half(const uint8_t* at, int part) {
-        low = __builtin_convertvector(load<vshort>(at + 2 * WIDTH * part), vint);
-        if (BITS == 3) high = __builtin_convertvector(load<vbyte>(at + 32 + WIDTH * part), vint) << 2;
-    }
-    inline void next() {
-        low >>= PLANE;
-        if (BITS == 3) high >>= 1;
-    }
-};
+// `n` numbers of a kind, from number `at` on, as fp32.
+INLINE void widen(const void* from, int64_t kind, int64_t at, int64_t n, float* to) {
+    if (kind == 0) memcpy(to, (const float*)from + at, 4 * n);
+    if (kind == 1)
+        for (int64_t i = 0; i < n; i++) to[i] = half(((const uint16_t*)from)[at + i]);
+    if (kind == 2)
+        for (int64_t i = 0; i < n; i++) to[i] = ((const uint8_t*)from)[at + i];
+    if (kind == 4)
+        for (int64_t i = 0; i < n; i++) {
+            const uint32_t bits = (uint32_t)((const uint16_t*)from)[at + i] << 16;
+            memcpy(to + i, &bits, 4);
+        }
+}
 
-// What the codes stand for in one group of one row.
-struct Meaning {
-    vfloat a, b;  // the table, or scale and -scale * zero
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-    inline void set(float scale, float zero) {
-        const float offset = -scale * zero;
-        a = vfloat{} + scale;
-        b = vfloat{} + offset;
-#if TABLE
-        vfloat codes;
-        for (int i = 0; i < 16; i++) codes[i] = (float)(i & ((1 << BITS) - 1));
-        a = madd(codes, a, b);
-#endif
+// Rows of x as a tile reads them.
+struct Inputs {
+    int64_t blocks, groups;         // groups: rounded up to vectors
+    std::vector<float> values;      // fp32: [m, block, 4, 16], value 4j + i of a block at [i, j]
+    std::vector<int8_t> bytes;      // 8 bits: [m, columns]
+    std::vector<float> steps;       // 8 bits: [m, block]
+    std::vector<float> sums;        // [m, groups]: sums of x, as rounded
+    std::vector<int32_t> places;    // of a block: its group
+
+    Inputs(const Weight& w, int most, bool small) : blocks(up(w.columns, BLOCK) / BLOCK), groups(up(w.groups, WIDTH)) {
+        if (small) bytes.resize(most * blocks * BLOCK), steps.resize(most * blocks);
+        else values.resize(most * blocks * BLOCK);
+        sums.resize(most * groups);
+        places.resize(blocks);
+        for (int64_t b = 0; b < blocks; b++) places[b] = (int32_t)std::min(b * BLOCK / w.group, w.groups - 1);
     }
-    inline vfloat weights(const Words& words) const {
-        vint codes = words.low;
-        if (BITS == 3) codes = (words.low & 3) | (words.high & 4);
-#if TABLE
-        return (vfloat)_mm512_permutexvar_ps((__m512i)codes, (__m512)a);  // reads the low four bits of each lane
-#else
-        return madd(__builtin_convertvector(codes & ((1 << BITS) - 1), vfloat), a, b);
-#endif
-    }
-};
 
-// R rows of W times M rows of x. RUN: slots that share a group, at most SLOTS.
-template <int R, int M, int RUN>
-struct Tile {
-    // Two chains of additions per row hide the latency of one where M alone does not.
-    static constexpr int CHAINS = M == 1 ? 2 : 1;
-    vfloat sums[R][M][CHAINS] = {};
-
-    template <int FROM_SLOTS, int LENGTH>
-    inline __attribute__((always_inline)) void unit(const Weight& w, const uint8_t* at, const float* scales, const float* zeros,
-                                                    const float* x, int64_t column, int shift) {
-        for (int part = 0; part < 16 / WIDTH; part++) {
-            Words words[R];
-            for (int r = 0; r < R; r++) {
-                const uint8_t* from = at + r * w.row_bytes + column * BITS / 8;
-                if (FROM_SLOTS == SLOTS) words[r].whole(from, part);
-                else words[r].half(from, part);
+    void fill(const Weight& w, const float* x, int m, bool small) {
+        float* sum = &sums[m * groups];
+        std::fill(sum, sum + groups, 0.f);
+        for (int64_t b = 0; b < blocks; b++) {
+            float block[BLOCK] = {};
+            const int64_t have = std::min<int64_t>(BLOCK, w.width - b * BLOCK);
+            if (have > 0) memcpy(block, x + b * BLOCK, 4 * have);
+            float parts[4];  // sums of 16 columns
+            if (small) round(block, m, b, parts);
+            else {
+                for (int q = 0; q < 4; q++) {
+                    parts[q] = 0;
+                    for (int i = 0; i < 16; i++) parts[q] += block[16 * q + i];
+                }
+                float* to = &values[(m * blocks + b) * BLOCK];
+                for (int i = 0; i < 4; i++)
+                    for (int j = 0; j < 16; j++) to[16 * i + j] = block[4 * j + i];
             }
-#pragma GCC unroll 8
-            for (int start = 0; start < FROM_SLOTS; start += LENGTH) {
-                int64_t group = (column + 16 * start) >> shift;
-                if (group >= w.groups) group = w.groups - 1;  // padding, where x is zero
-                Meaning meaning[R];
-                for (int r = 0; r < R; r++) meaning[r].set(scales[r * w.groups + group], zeros[r * w.groups + group]);
-#pragma GCC unroll 16
-                for (int slot = 0; slot < LENGTH; slot++) {
-                    vfloat weights[R];
-                    for (int r = 0; r < R; r++) weights[r] = meaning[r].weights(words[r]), words[r].next();
-                    for (int m = 0; m < M; m++) {
-                        const vfloat xs = load<vfloat>(x + m * w.columns + column + 16 * (start + slot) + WIDTH * part);
-                        for (int r = 0; r < R; r++)
-                            sums[r][m][slot % CHAINS] = madd(weights[r], xs, sums[r][m][slot % CHAINS]);
-                    }
+            for (int q = 0; q < 4; q++) sum[std::min((b * BLOCK + 16 * q) / w.group, w.groups - 1)] += parts[q];
+        }
+    }
+
+    void round(const float* block, int m, int64_t b, float* parts) {
+        uint32_t most = 0;  // of absolute values, as bits: in this order NaN comes last
+        for (int i = 0; i < BLOCK; i++) {
+            uint32_t bits;
+            memcpy(&bits, block + i, 4);
+            most = std::max(most, bits & 0x7fffffff);
+        }
+        float largest;
+        memcpy(&largest, &most, 4);
+        const bool broken = most >= 0x7f800000, live = !broken && largest >= 1e-30f;
+        const float inverse = live ? 127.f / largest : 0.f;
+        const float step = broken ? std::nanf("") : live ? largest / 127.f : 0.f;
+        int8_t* to = &bytes[(m * blocks + b) * BLOCK];
+        for (int i = 0; i < BLOCK; i++) {
+            // Adding 1.5 * 2^23 rounds to a whole number, ties to even, and leaves it in the low bits.
+            const float shifted = live ? block[i] * inverse + 0.f : 0.f;
+            to[i] = (int8_t)(int32_t)std::nearbyintf(shifted);
+        }
+        for (int q = 0; q < 4; q++) {
+            int32_t count = 0;
+            for (int i = 0; i < 16; i++) count += to[16 * q + i];
+            parts[q] = step * (float)count;
+        }
+        steps[m * blocks + b] = step;
+    }
+};
+
+// The statistics of one row in fp32.
+struct Row {
+    std::vector<float> scales, zeros;
+    std::vector<int32_t> tables;
+
+    explicit Row(const Weight& w) : scales(up(w.groups, 16) + 16), zeros(up(w.groups, 16) + 16) {
+        if (w.tables) tables.resize(w.groups + 4);
+    }
+
+    void read(const Weight& w, int64_t row) {
+        widen(w.scales, w.scale_kind, row * w.groups, w.groups, scales.data());
+        if (w.tables) {
+            const int32_t* from = (const int32_t*)w.zeros;
+            for (int64_t g = 0; g < w.groups; g++) {
+                const int32_t t = from[w.one_zero ? 0 : row * w.groups + g];
+                tables[g] = t >= 0 && t < w.count ? t : 0;
+            }
+        } else if (w.one_zero) {
+            float zero;
+            widen(w.zeros, w.zero_kind, 0, 1, &zero);
+            std::fill(zeros.begin(), zeros.begin() + w.groups, zero);
+        } else widen(w.zeros, w.zero_kind, row * w.groups, w.groups, zeros.data());
+        if (w.levels) {
+            const float* level = w.levels + row * (up(w.groups, 16) / 16) * 4;
+            for (int64_t g = 0; g < w.groups; g++) {
+                const float* of = level + g / 16 * 4;
+                scales[g] = of[0] * (scales[g] - of[1]);
+                zeros[g] = of[2] * (zeros[g] - of[3]);
+            }
+        }
+    }
+
+    // What zeros take from the sum over a row of x.
+    float taken(const float* sums, int64_t groups, float centre) const {
+        vfloat all{};
+        for (int64_t g = 0; g < groups; g += WIDTH)
+            all += load<vfloat>(&scales[g]) * (load<vfloat>(&zeros[g]) - centre) * load<vfloat>(sums + g);
+        return total(all);
+    }
+};
+
+// The numbers that codes stand for, before scaling.
+struct Numbers {
+    vfloat entries[16 / WIDTH];
+
+    void centred() {
+        for (int i = 0; i < 16; i++) entries[i / WIDTH][i % WIDTH] = (float)((i & ((1 << BITS) - 1)) - CENTRE);
+    }
+    void read(const float* table) {
+        float all[16] = {};
+        memcpy(all, table, 4 * ENTRIES);
+        memcpy(entries, all, 64);
+    }
+    INLINE vfloat at(vint codes) const {  // the codes in the lanes' lowest 8 bits
+#ifdef __AVX512F__
+        return (vfloat)_mm512_permutexvar_ps((__m512i)codes, (__m512)entries[0]);  // reads the lowest four
+#elif defined(__AVX2__)
+        const __m256 low = _mm256_permutevar8x32_ps((__m256)entries[0], (__m256i)codes);
+        if (BITS < 4) return (vfloat)low;
+        const __m256 high = _mm256_permutevar8x32_ps((__m256)entries[1], (__m256i)codes);
+        return (vfloat)_mm256_blendv_ps(low, high, (__m256)(codes << 28));
+#else
+        vfloat v;
+        for (int i = 0; i < WIDTH; i++) v[i] = ((const float*)entries)[codes[i] & 15];
+        return v;
+#endif
+    }
+};
+
+enum Mode { SMALL, PLAIN, TABLE, TABLES };  // 8-bit x; uniform; one table; a table for each group
+
+template <int R, int M, Mode MODE, bool FINE>
+struct Tile {
+    const Weight& w;
+    const Inputs& in;
+    const Row* rows;
+    const uint8_t* at;  // the first row of W
+    Numbers numbers;
+    vfloat sums[R][M] = {};
+
+    // The scale of each lane: one for the block, or of groups of 16 or 32 columns.
+    template <int H>
+    INLINE vfloat scale(int r, int64_t block) const {
+        if (!FINE) return splat(rows[r].scales[in.places[block]]);
+        const int64_t each = w.group == 16 ? 4 : 8, first = block * (16 / each);
+        vfloat v;
+#ifdef __AVX512F__
+        const __m512i lanes = w.group == 16 ? _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0)
+                                            : _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+        v = (vfloat)_mm512_permutexvar_ps(lanes, _mm512_castps128_ps512(_mm_loadu_ps(&rows[r].scales[first])));
+#else
+        for (int i = 0; i < WIDTH; i++) v[i] = rows[r].scales[first + (WIDTH * H + i) / each];
+#endif
+        return v;
+    }
+
+    template <int H>
+    INLINE vfloat number(int r, int64_t block, vint codes) const {
+        if (MODE == PLAIN && !LOOKUP) return floats(codes << 24 >> 24);
+        if (MODE != TABLES) return numbers.at(codes);
+        Numbers own;
+        if (!FINE) {
+            own.read(w.tables + rows[r].tables[in.places[block]] * ENTRIES);
+            return own.at(codes);
+        }
+        return mixed(r, block * 4 + WIDTH * H / 4, codes);
+    }
+
+    // Groups of 16 or 32 columns with tables of their own; `first`: 16ths of columns.
+    __attribute__((noinline)) vfloat mixed(int r, int64_t first, vint codes) const {
+        vfloat v;
+        for (int i = 0; i < WIDTH; i++) {
+            const int64_t g = std::min((first + i / 4) * 16 / w.group, w.groups - 1);
+            v[i] = w.tables[rows[r].tables[g] * ENTRIES + codes[i]];
+        }
+        return v;
+    }
+
+    template <int S, int H, bool HALF>
+    INLINE void span(int64_t unit, int64_t block) {
+        vint v[R];
+        vfloat scales[R];
+        for (int r = 0; r < R; r++) {
+            v[r] = codes<S, H, HALF>(at + r * (w.columns * BITS / 8) + unit * UNIT_BYTES);
+            scales[r] = scale<H>(r, block);
+            if (MODE == PLAIN && !LOOKUP) v[r] = (vint)((vbyte)v[r] - (uint8_t)CENTRE);
+        }
+        if (MODE == SMALL) {
+            for (int m = 0; m < M; m++) {
+                const vint x = load<vint>(&in.bytes[(m * in.blocks + block) * BLOCK + SPAN * H]);
+                const vfloat step = splat(in.steps[m * in.blocks + block]);
+                for (int r = 0; r < R; r++) sums[r][m] = madd(floats(dot(v[r], x)) * step, scales[r], sums[r][m]);
+            }
+            return;
+        }
+        vfloat raw[R][M];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            vfloat number_of[R];
+            for (int r = 0; r < R; r++) {
+                const vint low = MODE == PLAIN && !LOOKUP ? v[r] << (24 - 8 * i) : (v[r] >> 8 * i) & 0xff;
+                if (MODE == PLAIN && !LOOKUP) number_of[r] = floats(low >> 24);
+                else number_of[r] = number<H>(r, block, low);
+                if (M > 1) number_of[r] *= scales[r];
+            }
+            for (int m = 0; m < M; m++) {
+                const vfloat x = load<vfloat>(&in.values[(m * in.blocks + block) * BLOCK + 16 * i + WIDTH * H]);
+                for (int r = 0; r < R; r++) {
+                    if (M > 1) sums[r][m] = madd(number_of[r], x, sums[r][m]);
+                    else raw[r][m] = i ? madd(number_of[r], x, raw[r][m]) : number_of[r] * x;
                 }
             }
         }
+        if (M == 1)
+            for (int r = 0; r < R; r++) sums[r][0] = madd(raw[r][0], scales[r], sums[r][0]);
     }
 
-    inline void run(const Weight& w, int64_t row, const float* x, float* y) {
-        const uint8_t* at = w.packed + row * w.row_bytes;
-        const float *scales = w.scales + row * w.groups, *zeros = w.zeros + row * w.groups;
-        const int shift = __builtin_ctzll(w.group);
-        const int64_t end = w.columns / UNIT * UNIT;
-        for (int64_t column = 0; column < end; column += UNIT) unit<SLOTS, RUN>(w, at, scales, zeros, x, column, shift);
-        if (end < w.columns) unit<SLOTS / 2, (RUN > SLOTS / 2 ? SLOTS / 2 : RUN)>(w, at, scales, zeros, x, end, shift);
-        for (int m = 0; m < M; m++) {
-            float out[R];
-            vfloat totals[R];
-            for (int r = 0; r < R; r++) totals[r] = CHAINS == 2 ? sums[r][m][0] + sums[r][m][CHAINS - 1] : sums[r][m][0];
-            sum<R>(totals, out);
-            for (int r = 0; r < R; r++) y[m * w.rows + row + r] = out[r] + (w.bias ? w.bias[row + r] : 0.f);
+    template <int S, bool HALF>
+    INLINE void block(int64_t unit) {
+        span<S, 0, HALF>(unit, unit * BLOCKS + S);
+        if (HALVES == 2) span<S, HALVES - 1, HALF>(unit, unit * BLOCKS + S);
+    }
+
+    void run(int64_t row, float* y) {
+        const int64_t units = w.columns / UNIT;
+        for (int64_t u = 0; u < units; u++) {
+            block<0, false>(u);
+            if (BLOCKS > 1) block<1 % BLOCKS, false>(u);
+            if (BLOCKS > 2) block<2 % BLOCKS, false>(u), block<3 % BLOCKS, false>(u);
         }
+        if (units * UNIT < w.columns) {
+            block<0, true>(units);
+            if (HALF_BLOCKS > 1) block<1 % HALF_BLOCKS, true>(units);
+        }
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < R; r++) {
+                float bias = 0;
+                if (w.bias) widen(w.bias, w.bias_kind, row + r, 1, &bias);
+                float zero = 0;
+                if (MODE == SMALL || MODE == PLAIN)
+                    zero = rows[r].taken(&in.sums[m * in.groups], w.groups, MODE == PLAIN ? CENTRE : 0);
+                y[m * w.rows + row + r] = total(sums[r][m]) - zero + bias;
+            }
     }
 };
 
-template <int M, int RUN>
-void strip(const Weight& w, int64_t first, int64_t last, const float* x, float* y) {
-    int64_t row = first;
-    for (; row + ROWS <= last; row += ROWS) Tile<ROWS, M, RUN>().run(w, row, x, y);
-    for (; row < last; row++) Tile<1, M, RUN>().run(w, row, x, y);
+template <int R, int M, Mode MODE, bool FINE>
+void tile(const Weight& w, const Inputs& in, Row* rows, int64_t row, float* y) {
+    for (int r = 0; r < R; r++) rows[r].read(w, row + r);
+    Tile<R, M, MODE, FINE> it{w, in, rows, w.packed + row * (w.columns * BITS / 8), {}};
+    if (MODE == TABLE) it.numbers.read(w.tables);
+    else it.numbers.centred();
+    it.run(row, y);
 }
 
-template <int RUN>
+template <int M, Mode MODE, bool FINE>
+__attribute__((noinline)) void strip(const Weight& w, const Inputs& in, std::vector<Row>& rows, int64_t first, int64_t last, float* y) {
+    int64_t row = first;
+    for (; row + ROWS <= last; row += ROWS) tile<ROWS, M, MODE, FINE>(w, in, rows.data(), row, y);
+    for (; ROWS > 1 && row < last; row++) tile<1, M, MODE, FINE>(w, in, rows.data(), row, y);
+}
+
+template <Mode MODE, bool FINE>
 void work(const Weight& w, int64_t first, int64_t last, const float* x, float* y, int64_t count) {
-    int64_t m = 0;
-    for (; m + COUNT <= count; m += COUNT) strip<COUNT, RUN>(w, first, last, x + m * w.columns, y + m * w.rows);
-    for (; m < count; m++) strip<1, RUN>(w, first, last, x + m * w.columns, y + m * w.rows);
+    Inputs in(w, count < COUNT ? 1 : COUNT, MODE == SMALL);
+    std::vector<Row> rows(ROWS, Row(w));
+    for (int64_t m = 0; m < count;) {
+        const int take = count - m >= COUNT ? COUNT : 1;
+        for (int i = 0; i < take; i++) in.fill(w, x + (m + i) * w.width, i, MODE == SMALL);
+        if (take == COUNT) strip<COUNT, MODE, FINE>(w, in, rows, first, last, y + m * w.rows);
+        else strip<1, MODE, FINE>(w, in, rows, first, last, y + m * w.rows);
+        m += take;
+    }
 }
 
 }  // namespace
 
-// x: [count, columns] fp32, padded with zeros to the columns of a packed row; y: [count, rows].
-extern "C" void hasten_lowbit_linear(const uint8_t* packed, const float* scales, const float* zeros, const float* bias,
-                                     const float* x, float* y, int64_t count, int64_t rows, int64_t columns, int64_t groups,
-                                     int64_t group, int threads) {
-    const Weight w{packed, scales, zeros, bias, rows, columns, columns * BITS / 8, groups, group};
-    auto part = work<2>;
-    if (group >= UNIT) part = work<SLOTS>;
-    else if (group * 2 == UNIT) part = work<SLOTS / 2>;
-#if BITS < 8
-    else if (group * 4 == UNIT) part = work<SLOTS / 4>;
+// x: [count, width] fp32; y: [count, rows] fp32; activations: 8 or 32.
+extern "C" void hasten_lowbit_linear(const Weight* weight, const float* x, float* y, int64_t count, int64_t activations,
+                                     int threads) {
+    const Weight& w = *weight;
+    const bool fine = w.group < BLOCK;
+    auto part = fine ? work<PLAIN, true> : work<PLAIN, false>;
+    if (activations == 8) part = fine ? work<SMALL, true> : work<SMALL, false>;
+#if BITS <= 4
+    else if (w.tables && w.count == 1) part = fine ? work<TABLE, true> : work<TABLE, false>;
+    else if (w.tables) part = fine ? work<TABLES, true> : work<TABLES, false>;
 #endif
-    const int64_t blocks = (rows + 15) / 16;
+    const int64_t blocks = (w.rows + 15) / 16;
     if (threads > blocks) threads = (int)blocks;
-    if (threads <= 1) return part(w, 0, rows, x, y, count);
+    if (threads <= 1) return part(w, 0, w.rows, x, y, count);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int n = 0; n < threads; n++) {
         const int64_t last = blocks * (n + 1) / threads * 16;
-        part(w, blocks * n / threads * 16, last < rows ? last : rows, x, y, count);
+        part(w, blocks * n / threads * 16, last < w.rows ? last : w.rows, x, y, count);
     }
 }

@@ -1,16 +1,22 @@
-"""Codes of 2, 3, 4 or 8 bits packed into bytes, in the layout that the low-bit kernels read directly.
+"""Codes of 2, 3, 4, 6 or 8 bits packed into bytes, in the layout that the low-bit kernels read directly.
 
-A row of codes is cut into units of 16 lanes: column `e` of a unit lies in lane `e % 16`, slot `e // 16`; one lane is
-one little-endian word that holds its slots from the lowest bits up. So a kernel loads the 16 words of a unit as one
-vector and gets 16 neighbouring columns per shift.
+A row of codes is cut into units, a unit into one or two planes: 6 bits are a plane of the four low bits, then one of
+the two high bits; 3 bits are two low ones, then the high one. A whole unit's first plane has 64 bytes.
 
-    bits   columns of a unit   bytes of a unit
-    2      256                 64: 16 words of 32 bits, 16 slots each
-    3      256                 64 for the two low bits, as above, then 32: 16 words of 16 bits, one high bit a slot
-    4      128                 64: 16 words of 32 bits, 8 slots each
-    8      64                  64: 16 words of 32 bits, 4 slots each
+    bits   planes   columns of a unit   bytes of a unit
+    2      2        256                 64
+    3      2, 1     256                 64 + 32
+    4      4        128                 64
+    6      4, 2     128                 64 + 32
+    8      8        64                  64
 
-A row ends with half a unit (words half as wide, half the slots) where that is enough; missing columns are zero codes.
+In a plane of 2, 4 or 8 bits and P bytes, byte `i` holds the columns i, i + P, i + 2P, ... of the unit, from the lowest
+bits up. In a plane of 1 bit, bit `i % 8` of byte `i // 8` is column i: 64 columns are one little-endian word. So an
+`and` and a shift give 64 neighbouring columns (32 in the second plane of 6 bits, whose bytes serve four runs of 32) as
+as many neighbouring bytes: the operand of products of unsigned with signed bytes, with the columns in their order.
+
+A row ends with half a unit (half the columns, half the bytes of each plane) where that is enough; missing columns are
+zero codes.
 """
 
 import torch
@@ -18,14 +24,14 @@ from torch import Tensor
 
 from hasten.math.shapes import Int
 
-LANES = 16
-BITS = (2, 3, 4, 8)
-_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+FIRST = 64  # bytes of a whole unit's first plane
+BITS = (2, 3, 4, 6, 8)
+_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
 
 
 def unit(bits: int) -> int:
     """Columns of a whole unit."""
-    return LANES * (32 // _PLANES[bits][0])
+    return FIRST * 8 // _PLANES[bits][0]
 
 
 def padded(columns: int, bits: int) -> int:
@@ -45,6 +51,14 @@ def _cuts(columns: int, bits: int) -> list[tuple[int, int]]:
     return [(start, min(whole, end - start)) for start in range(0, end, whole)]
 
 
+def _place(column: int, plane: int, width: int) -> tuple[int, int]:
+    """The byte of the plane and the bit of the byte where a column of a unit of `width` columns starts."""
+    if plane == 1:
+        return column // 8, column % 8
+    size = width * plane // 8
+    return column % size, column // size * plane
+
+
 def naive_pack(codes: Int[Tensor, "rows columns"], bits: int) -> Int[Tensor, "rows bytes"]:
     """`pack` written as loops over the codes."""
     rows, columns = codes.shape
@@ -54,14 +68,10 @@ def naive_pack(codes: Int[Tensor, "rows columns"], bits: int) -> Int[Tensor, "ro
             base = start * bits // 8
             taken = 0  # bits of the code that earlier planes hold
             for plane in _PLANES[bits]:
-                slots = width // LANES
-                word_bytes = slots * plane // 8
                 for column in range(start, min(start + width, columns)):
-                    lane, slot = (column - start) % LANES, (column - start) // LANES
-                    part = (int(codes[row, column]) >> taken) % 2**plane
-                    place = slot * plane  # in bits, within the lane's word
-                    packed[row, base + lane * word_bytes + place // 8] |= part << place % 8
-                base += LANES * word_bytes
+                    byte, place = _place(column - start, plane, width)
+                    packed[row, base + byte] |= (int(codes[row, column]) >> taken) % 2**plane << place
+                base += width * plane // 8
                 taken += plane
     return packed
 
@@ -78,15 +88,14 @@ def pack(codes: Int[Tensor, "rows columns"], bits: int) -> Int[Tensor, "rows byt
 
 
 def _pack_units(codes: Tensor, bits: int, width: int) -> Tensor:
-    rows, columns = codes.shape
-    codes_RUSL = codes.view(rows, columns // width, width // LANES, LANES)
-    slots = torch.arange(width // LANES, device=codes.device)[:, None]
+    codes_RUC = codes.unflatten(1, (-1, width)) if codes.shape[1] else codes.view(codes.shape[0], 0, width)
     planes, taken = [], 0
     for plane in _PLANES[bits]:
-        part = ((codes_RUSL >> taken) & (2**plane - 1)).long()
-        words_RUL = (part << slots * plane).sum(dim=2)
-        word_bytes = width // LANES * plane // 8
-        planes.append(words_RUL.view(torch.uint8).view(*words_RUL.shape, 8)[..., :word_bytes].flatten(2))
+        part_RUC = (codes_RUC >> taken) & (2**plane - 1)
+        slots = 8 // plane
+        part_RUBS = part_RUC.unflatten(2, (-1, 8)) if plane == 1 else part_RUC.unflatten(2, (slots, -1)).mT
+        places = torch.arange(0, 8, plane, device=codes.device, dtype=torch.uint8)
+        planes.append((part_RUBS << places).sum(dim=3, dtype=torch.uint8))
         taken += plane
     return torch.cat(planes, dim=2).flatten(1)
 
@@ -98,12 +107,10 @@ def naive_unpack(packed: Int[Tensor, "rows bytes"], bits: int, columns: int) -> 
         for start, width in _cuts(columns, bits):
             base, taken = start * bits // 8, 0
             for plane in _PLANES[bits]:
-                word_bytes = width // LANES * plane // 8
                 for column in range(start, min(start + width, columns)):
-                    lane, place = (column - start) % LANES, (column - start) // LANES * plane
-                    byte = int(packed[row, base + lane * word_bytes + place // 8])
-                    codes[row, column] |= (byte >> place % 8) % 2**plane << taken
-                base += LANES * word_bytes
+                    byte, place = _place(column - start, plane, width)
+                    codes[row, column] |= (int(packed[row, base + byte]) >> place) % 2**plane << taken
+                base += width * plane // 8
                 taken += plane
     return codes
 
@@ -118,15 +125,13 @@ def unpack(packed: Int[Tensor, "rows bytes"], bits: int, columns: int) -> Int[Te
 
 
 def _unpack_units(packed: Tensor, bits: int, width: int) -> Tensor:
-    rows, slots = packed.shape[0], width // LANES
-    bytes_RUB = packed.reshape(rows, -1, width * bits // 8)
-    codes, base, taken = 0, 0, 0
+    bytes_RUB = packed.reshape(packed.shape[0], packed.shape[1] * 8 // (width * bits), width * bits // 8)
+    codes, base, taken = packed.new_zeros(()), 0, 0
     for plane in _PLANES[bits]:
-        word_bytes = slots * plane // 8
-        bytes_RULW = bytes_RUB[..., base : base + LANES * word_bytes].unflatten(2, (LANES, word_bytes))
-        inside = torch.arange(0, 8, plane, device=packed.device, dtype=torch.uint8)  # slots within one byte
-        parts_RULS = ((bytes_RULW[..., None] >> inside) & (2**plane - 1)).flatten(3)
-        codes = codes | (parts_RULS.transpose(2, 3) << taken)
-        base += LANES * word_bytes
+        size = width * plane // 8
+        places = torch.arange(0, 8, plane, device=packed.device, dtype=torch.uint8)
+        parts_RUBS = (bytes_RUB[..., base : base + size, None] >> places) & (2**plane - 1)
+        codes = codes | (parts_RUBS if plane == 1 else parts_RUBS.mT).flatten(2) << taken
+        base += size
         taken += plane
     return codes.flatten(1)
