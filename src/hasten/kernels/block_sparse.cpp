@@ -3,6 +3,8 @@
 // registers; a chunk of bands that fits in the cache meets all panels. Few tokens: a vector of rows at a time. Codes of eight bits
 // go through block_vnni.h where the CPU has the instruction, else they are multiplied in fp32. Built by hasten/kernels/native.py.
 #include "vectors.h"
+
+#include <memory>
 #ifdef __linux__
 #include <unistd.h>
 #endif
@@ -23,6 +25,8 @@ namespace {
 
 constexpr int64_t TALLEST = 64;  // rows of a band at most, and of a tile
 constexpr int64_t FEW = 8;       // tokens up to which rows are vectorised
+constexpr int64_t SLAB = 256 << 10, MOST_ROWS = 1024;  // bytes of a panel that stay in the cache; rows of W in a chunk
+constexpr int64_t KEPT = 8 << 20;  // numbers of scratch memory that outlive a larger call
 
 // Bytes of weights that stay in a core's own cache while all panels of tokens go by.
 int64_t resident() {
@@ -32,6 +36,17 @@ int64_t resident() {
     constexpr int64_t size = 0;
 #endif
     return std::min<int64_t>(1 << 20, std::max<int64_t>(256 << 10, size / 2));
+}
+
+// Memory that a thread keeps for its next call: new pages cost as much as a small product.
+float* scratch(int64_t floats) {
+    static thread_local std::unique_ptr<Buffer> held;
+    static thread_local int64_t have = 0;
+    if (floats > have || have > KEPT) {
+        held.reset(), have = floats;
+        held = std::make_unique<Buffer>(floats);
+    }
+    return held->floats();
 }
 
 // The symmetric eight-bit code of each token: what a code stands for, and its inverse. NaN stays NaN.
@@ -92,28 +107,37 @@ void put(const Product& p, const float* tile, int64_t stride, int64_t row, int64
     }
 }
 
-// fn(tile, panel) for all of both; called by all threads. A thread takes weights that fit in its cache and meets all panels.
+// fn(first tile, last tile, panel) for all of both; called by all threads. A thread takes tiles whose weights fit in its cache and
+// meets all panels.
 template <class Fn>
 INLINE void chunks(const Product& p, int64_t panels, int64_t bytes, Fn fn) {
     const Tiles tiles(p);
-    const int64_t total = p.starts[p.bands] * p.r * bytes;
-    const int64_t number = std::min(tiles.number, (total / resident() / p.threads + 1) * p.threads);
+    const int64_t total = std::max(p.starts[p.bands] * p.r * bytes / resident(), p.bands * p.r / MOST_ROWS);
+    const int64_t number = std::min(tiles.number, (total / p.threads + 1) * p.threads);
     const int64_t spans = number >= 4 * p.threads ? 1 : std::min<int64_t>(panels, 4);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < number * spans; task++) {
         const int64_t span = task / number, c = task % number;
         for (int64_t panel = panels * span / spans; panel < panels * (span + 1) / spans; panel++)
-            for (int64_t t = tiles.number * c / number; t < tiles.number * (c + 1) / number; t++) fn(t, panel);
+            fn(tiles.number * c / number, tiles.number * (c + 1) / number, panel);
     }
 }
 
+// Adds to (or, at the start of a band, sets) R rows of a tile what entries from `i` on give whose columns lie before `limit`, and
+// says where they end.
 template <int R, int T, bool CODED>
-void pass(const Product& p, int64_t band, int64_t sub, const float* panel, float* tile) {
+int64_t pass(const Product& p, int64_t band, int64_t i, int64_t limit, const float* panel, const int64_t sub, float* tile) {
     constexpr int64_t STRIDE = T * WIDTH;
     vfloat acc[R][T] = {};
+    tile += sub * STRIDE;
+    if (i > p.starts[band])
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) acc[r][t] = load(tile + r * STRIDE + t * WIDTH);
     const float* const weights = (const float*)p.values + sub;
     const int8_t* const codes = (const int8_t*)p.values + sub * 4;
-    for (int64_t i = p.starts[band], end = p.starts[band + 1]; i < end; i++) {
+    for (const int64_t end = p.starts[band + 1]; i < end && p.columns[i] < limit; i++) {
         const float* x = panel + (int64_t)p.columns[i] * STRIDE;
         vfloat xs[T];
 #pragma GCC unroll 8
@@ -125,14 +149,17 @@ void pass(const Product& p, int64_t band, int64_t sub, const float* panel, float
             for (int t = 0; t < T; t++) acc[r][t] += w * xs[t];
         }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) store(tile + (sub + r) * STRIDE + t * WIDTH, acc[r][t]);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) store(tile + r * STRIDE + t * WIDTH, acc[r][t]);
+    return i;
 }
 
 // Many tokens. x: p.x, or its codes.
 template <int R, int T, bool CODED>
 void many(const Product& p, const float* x, const float* scale) {
-    constexpr void (*PASSES[])(const Product&, int64_t, int64_t, const float*, float*) = {
+    constexpr int64_t (*PASSES[])(const Product&, int64_t, int64_t, int64_t, const float*, int64_t, float*) = {
         pass<R, 1, CODED>,
         pass<R, (T > 2 ? 2 : T), CODED>,
         pass<R, (T > 3 ? 3 : T), CODED>,
@@ -143,14 +170,14 @@ void many(const Product& p, const float* x, const float* scale) {
     static_assert(T <= 6, "the table of passes");
     const Panels panels(p.count, WIDTH, T);
     const Tiles tiles(p);
-    Buffer turned(panels.units * WIDTH * p.width);
+    float* const turned = scratch(panels.units * WIDTH * p.width);
     const int64_t parts = (p.width + 255) / 256;
 #pragma omp parallel num_threads(p.threads)
     {
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < panels.number * parts; job++) {
             const int64_t panel = job / parts, first = panels.first(panel), vectors = panels.vectors(panel);
-            float* const to = turned.floats() + first * WIDTH * p.width;
+            float* const to = turned + first * WIDTH * p.width;
             const int64_t last = std::min(p.width, (job % parts + 1) * 256);
             for (int64_t v = 0; v < vectors; v++)
                 for (int64_t k = job % parts * 256; k < last; k += PANEL) {
@@ -164,15 +191,26 @@ void many(const Product& p, const float* x, const float* scale) {
                         store(to + ((k + i) * vectors + v) * WIDTH, load(square + i * PANEL));
                 }
         }
-        float tile[TALLEST * T * WIDTH];
-        chunks(p, panels.number, CODED ? 1 : 4, [&](int64_t t, int64_t panel) {
+        std::vector<int64_t> place;
+        std::vector<float> sums;
+        chunks(p, panels.number, CODED ? 1 : 4, [&](int64_t t, int64_t end, int64_t panel) {
             const int64_t first = panels.first(panel), vectors = panels.vectors(panel), stride = vectors * WIDTH;
-            const int64_t begin = t * tiles.bands, end = std::min(p.bands, begin + tiles.bands);
-            for (int64_t band = begin; band < end; band++)
-                for (int64_t sub = 0; sub < p.r; sub += R)
-                    PASSES[vectors - 1](p, band, sub, turned.floats() + first * WIDTH * p.width,
-                                        tile + (band - begin) * p.r * stride);
-            put(p, tile, stride, begin * p.r, (end - begin) * p.r, first * WIDTH, scale);
+            const int64_t begin = t * tiles.bands, last = std::min(p.bands, end * tiles.bands), slab = SLAB / stride / 4;
+            place.assign(p.starts + begin, p.starts + last), sums.resize((last - begin) * p.r * stride);
+            for (int64_t limit = slab;; limit += slab) {
+                for (int64_t band = begin; band < last; band++) {
+                    float* const tile = sums.data() + (band - begin) * p.r * stride;
+                    int64_t next = 0;
+                    for (int64_t sub = 0; sub < p.r; sub += R)
+                        next = PASSES[vectors - 1](p, band, place[band - begin], limit < p.width ? limit : INT64_MAX,
+                                                   turned + first * WIDTH * p.width, sub, tile);
+                    place[band - begin] = next;
+                    const int64_t of = (band - begin) % tiles.bands + 1;
+                    if (limit >= p.width && (of == tiles.bands || band + 1 == last))
+                        put(p, tile - (of - 1) * p.r * stride, stride, (band + 1 - of) * p.r, of * p.r, first * WIDTH, scale);
+                }
+                if (limit >= p.width) break;
+            }
         });
     }
 }

@@ -43,6 +43,7 @@ void turn(const Product& p, int64_t m, int64_t k, int64_t n, const float* invers
 // Four columns of a panel as 64 tokens of four bytes each.
 INLINE void quads(const uint8_t* panel, const int32_t* at, __m512i* x) {
     __m512i v[4];
+#pragma GCC unroll 4
     for (int j = 0; j < 4; j++) v[j] = _mm512_loadu_si512(panel + (int64_t)at[j] * TOKENS);
     const __m512i a = _mm512_unpacklo_epi8(v[0], v[1]), b = _mm512_unpackhi_epi8(v[0], v[1]);
     const __m512i c = _mm512_unpacklo_epi8(v[2], v[3]), d = _mm512_unpackhi_epi8(v[2], v[3]);
@@ -54,8 +55,10 @@ INLINE void quads(const uint8_t* panel, const int32_t* at, __m512i* x) {
 template <int T>
 void quad_pass(const Product& p, int64_t band, int64_t sub, const uint8_t* panel, const __m512i* ready, float* tile) {
     __m512i acc[4][T];
+#pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
         const __m512i offset = _mm512_set1_epi32(-128 * p.sums[band * p.r + sub + r]);
+#pragma GCC unroll 4
         for (int t = 0; t < T; t++) acc[r][t] = offset;
     }
     const int64_t first = p.starts[band] / 4, end = p.starts[band + 1] / 4;
@@ -63,6 +66,7 @@ void quad_pass(const Product& p, int64_t band, int64_t sub, const uint8_t* panel
     for (int64_t g = first; g < end; g++, w += p.r * 4) {
         __m512i x[4];
         if (ready)
+#pragma GCC unroll 4
             for (int t = 0; t < T; t++) x[t] = _mm512_loadu_si512(ready + (g - first) * 4 + t);
         else quads(panel, p.columns + g * 4, x);
 #pragma GCC unroll 4
@@ -72,7 +76,9 @@ void quad_pass(const Product& p, int64_t band, int64_t sub, const uint8_t* panel
             for (int t = 0; t < T; t++) dot(acc[r][t], x[t], weight);
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
         for (int t = 0; t < T; t++) _mm512_storeu_ps(tile + (sub + r) * TOKENS + t * 16, _mm512_cvtepi32_ps(acc[r][t]));
 }
 
@@ -81,8 +87,7 @@ void many_coded(const Product& p, const float* scale, const float* inverse) {
         quad_pass<1>, quad_pass<2>, quad_pass<3>, quad_pass<4>};
     const int64_t panels = (p.count + TOKENS - 1) / TOKENS, parts = (p.width + 255) / 256;
     const Tiles tiles(p);
-    Buffer turned(panels * p.width * TOKENS / 4);
-    uint8_t* const bytes = (uint8_t*)turned.floats();
+    uint8_t* const bytes = (uint8_t*)scratch(panels * p.width * TOKENS / 4);
     int64_t longest = 0;
     for (int64_t band = 0; band < p.bands; band++) longest = std::max<int64_t>(longest, p.starts[band + 1] - p.starts[band]);
 #pragma omp parallel num_threads(p.threads)
@@ -96,18 +101,20 @@ void many_coded(const Product& p, const float* scale, const float* inverse) {
         Buffer held(p.r > 4 ? longest * 16 : 0);
         __m512i* const ready = p.r > 4 ? (__m512i*)held.floats() : nullptr;
         float tile[TALLEST * TOKENS];
-        chunks(p, panels, 1, [&](int64_t t, int64_t panel) {
-            const int64_t begin = t * tiles.bands, end = std::min(p.bands, begin + tiles.bands);
+        chunks(p, panels, 1, [&](int64_t t, int64_t end, int64_t panel) {
             const uint8_t* from = bytes + panel * p.width * TOKENS;
             const int64_t vectors = std::min<int64_t>(4, (p.count - panel * TOKENS + 15) / 16);
-            for (int64_t band = begin; band < end; band++) {
-                const int64_t first = p.starts[band] / 4, last = p.starts[band + 1] / 4;
-                if (ready)
-                    for (int64_t g = first; g < last; g++) quads(from, p.columns + g * 4, ready + (g - first) * 4);
-                for (int64_t sub = 0; sub < p.r; sub += 4)
-                    PASSES[vectors - 1](p, band, sub, from, ready, tile + (band - begin) * p.r * TOKENS);
+            for (; t < end; t++) {
+                const int64_t begin = t * tiles.bands, stop = std::min(p.bands, begin + tiles.bands);
+                for (int64_t band = begin; band < stop; band++) {
+                    const int64_t first = p.starts[band] / 4, last = p.starts[band + 1] / 4;
+                    if (ready)
+                        for (int64_t g = first; g < last; g++) quads(from, p.columns + g * 4, ready + (g - first) * 4);
+                    for (int64_t sub = 0; sub < p.r; sub += 4)
+                        PASSES[vectors - 1](p, band, sub, from, ready, tile + (band - begin) * p.r * TOKENS);
+                }
+                put(p, tile, TOKENS, begin * p.r, (stop - begin) * p.r, panel * TOKENS, scale);
             }
-            put(p, tile, TOKENS, begin * p.r, (end - begin) * p.r, panel * TOKENS, scale);
         });
     }
 }
