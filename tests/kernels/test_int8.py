@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hasten.core.errors import UsageError
 from hasten.kernels import int8, native
 
 needs_compiler = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler here")
@@ -153,7 +154,7 @@ def test_gradient_of_the_input_is_that_of_the_dense_layer(given):
     x, upstream = torch.randn(3, 96, requires_grad=True), torch.randn(3, 300)
     int8.linear(x, packed, scales, sums, scale=scale).backward(upstream)
     expected = upstream @ dense if scale is None else upstream @ dense / scale
-    assert torch.allclose(x.grad, expected, rtol=1e-4, atol=1e-5)
+    assert close(x.grad, expected, 1e-5)
 
 
 def test_operator_traces_and_counts_its_operations():
@@ -176,3 +177,21 @@ def test_without_a_compiler_the_torch_path_is_taken_and_said(monkeypatch):
     finally:
         int8.kernel.cache_clear()
         native.library.cache_clear()
+
+
+def test_what_does_not_go_together_is_refused():
+    packed, scales, sums = weight(20, 100)
+    x = torch.randn(2, 100)
+    for wrong in (
+        (x[:, :50], packed, scales, sums),
+        (x, packed, scales[:10], sums[:10]),
+        (x, packed, scales.double(), sums),
+        (x, packed, scales, sums.long()),
+        (x, packed, scales, sums[:5]),
+        (x, packed, scales, sums, torch.ones(3)),
+        (x, packed, scales, sums, None, torch.ones(7)),
+        (x, packed.float(), scales, sums),
+    ):
+        given = {"scale": wrong[5]} if len(wrong) > 5 else {}
+        with pytest.raises(UsageError, match="must be"):
+            int8.linear(*wrong[:5], **given)

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from hasten.core.errors import UsageError
 from hasten.kernels import native
 from hasten.math.shapes import Float, Int
 
@@ -37,7 +38,9 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def path(device: torch.device | str = "cpu") -> str:
-    """How `linear` computes here: `native` (real speed) or `torch` (memory only)."""
+    """How `linear` computes here: `native` or `triton` (real speed), or `torch` (memory only)."""
+    if torch.device(device).type == "cuda" and _triton() is not None:
+        return "triton"
     return "native" if torch.device(device).type == "cpu" and kernel() is not None else "torch"
 
 
@@ -53,6 +56,16 @@ def kernel(isa: str | None = None) -> Callable[..., None] | None:
             function.isa = one
             return function
     return None
+
+
+@functools.cache
+def _triton() -> Any:
+    """The module of the GPU kernel, or None where it or Triton is not there."""
+    try:
+        from hasten.kernels import int8_triton  # type: ignore[attr-defined,unused-ignore]
+    except ImportError:
+        return None
+    return int8_triton
 
 
 def instruction_set() -> str | None:
@@ -147,6 +160,9 @@ def linear(
         scales: fp32, of W's rows.
         scale: fp32 [1] or [columns], all above 0: x is divided by it, and the products are not multiplied by it again.
         dtype: of the result; x's where None, fp32 for int8 codes.
+
+    Raises:
+        UsageError: sizes or dtypes that do not go together.
     """
     plain = type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
     if plain and not (x.requires_grad and torch.is_grad_enabled()):  # the dispatcher costs more than a small product
@@ -158,10 +174,34 @@ def _compute(
     x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, scale: Tensor | None,
     dtype: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
-    assert x.shape[-1] <= MOST_COLUMNS, f"{x.shape[-1]} columns: sums would not fit 32 bits"
+    _check(x, packed, scales, sums, bias, scale)
+    if x.is_cuda and (gpu := _triton()) is not None:
+        return gpu.linear(x, packed, scales, sums, bias, scale, dtype)  # type: ignore[no-any-return]
     if not x.is_cpu or (run := kernel()) is None:
         return torch_linear(x, packed, scales, sums, bias, scale, dtype)
     return native_linear(run, x, packed, scales, sums, bias, scale, dtype)
+
+
+def _check(x: Tensor, packed: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+    """Refuses what the kernels can't read safely.
+
+    Raises:
+        UsageError: sizes or dtypes that do not go together.
+    """
+    columns, rows = x.shape[-1], scales.shape[0]
+    if packed.shape != (-(-rows // LANES), _up(columns, STEP) // 4, LANES, 4) or packed.dtype is not torch.int8:
+        raise UsageError(f"packed must be int8 [{-(-rows // LANES)}, {_up(columns, STEP) // 4}, 16, 4] for inputs of "
+                         f"{columns} and {rows} scales; it is {packed.dtype} {list(packed.shape)}")  # fmt: skip
+    if columns > MOST_COLUMNS:
+        raise UsageError(f"{columns} columns are more than {MOST_COLUMNS}: their sums would not fit 32 bits")
+    if scales.dtype is not torch.float32 or sums.dtype is not torch.int32 or sums.shape != (rows,):
+        raise UsageError(f"scales must be fp32 and sums int32, [rows] both; they are {scales.dtype}, {sums.dtype}")
+    if bias is not None and bias.shape != (rows,):
+        raise UsageError(f"bias must be [{rows}]; it is {list(bias.shape)}")
+    if scale is not None and (scale.dtype is not torch.float32 or scale.shape not in ((1,), (columns,))):
+        raise UsageError(f"scale must be fp32 [1] or [{columns}]; it is {scale.dtype} {list(scale.shape)}")
+    if not (packed.is_contiguous() and scales.is_contiguous() and sums.is_contiguous()):
+        raise UsageError("packed, scales and sums must be contiguous")
 
 
 def native_linear(
@@ -172,9 +212,8 @@ def native_linear(
     (*outer, columns), rows, wanted = x.shape, len(scales), dtype or _dtype(x)
     if x.dtype not in _KINDS:
         x = x.float()
-    if bias is not None and bias.dtype is not torch.float32:
-        bias = bias.float()
-    x = x.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    x, scale = x.contiguous(), None if scale is None else scale.contiguous()
     y = torch.empty((*outer, rows))
     run(packed.data_ptr(), scales.data_ptr(), sums.data_ptr(), None if bias is None else bias.data_ptr(), x.data_ptr(),
         None if scale is None else scale.data_ptr(), y.data_ptr(), math.prod(outer), rows, columns, _KINDS[x.dtype],
