@@ -11,10 +11,11 @@ For int8 each list is filled up to a multiple of four with zeros, and each token
 
     y[m, n] = s[m] scales[n] (sum over k of code_x[m, k] code_w[n, k]) + b[n],    s[m] = max |x[m]| / 127
 
-One signature, three ways to compute it:
+One signature, four ways to compute it:
 
 - `native`: the C++ kernel `block_sparse.cpp`, on a CPU. int8 has an instruction of its own (AVX-512 VNNI) for r of a
   multiple of four; without it codes are multiplied in fp32, as fast as fp32 weights and a quarter of the bytes.
+- `triton`: `block_sparse_triton`, for tensors on a GPU.
 - `torch`: 64 rows or more of W are made dense at a time and multiplied. Any device, no gain in speed.
 - `naive`: the equation.
 
@@ -23,6 +24,7 @@ The kernel trusts `columns` and `starts`: call `check` once where they come from
 
 import ctypes
 import functools
+import importlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -61,8 +63,19 @@ def library(isa: str | None = None) -> ctypes.CDLL | None:
     return found
 
 
+@functools.cache
+def _triton() -> Any:
+    """The module of the GPU kernel, or None where Triton is not installed."""
+    try:
+        return importlib.import_module("hasten.kernels.block_sparse_triton")
+    except ImportError:
+        return None
+
+
 def path(device: torch.device | str = "cpu") -> str:
-    """How `linear` computes here: `native` (real speed) or `torch` (memory only)."""
+    """How `linear` computes here: `native` or `triton` (real speed), or `torch` (memory only)."""
+    if torch.device(device).type == "cuda" and _triton() is not None:
+        return "triton"
     return "native" if torch.device(device).type == "cpu" and library() is not None else "torch"
 
 
@@ -232,7 +245,10 @@ def _compute(
     x: Tensor, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, scales: Tensor | None,
     sums: Tensor | None, rows: int,
 ) -> Tensor:  # fmt: skip
-    run = native_linear if x.is_cpu and library() is not None else torch_linear
+    if x.is_cuda and (gpu := _triton()) is not None:
+        run = gpu.linear
+    else:
+        run = native_linear if x.is_cpu and library() is not None else torch_linear
     return run(x, values, columns, starts, bias, scales, sums, rows)
 
 
