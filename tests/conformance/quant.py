@@ -36,4 +36,5 @@ def run(handle: Any) -> tuple[torch.Tensor, ...]:
 
 
 def subject(method_class: type) -> dict[str, Any]:
-    return {"model": build, "options": {"group": 32}, "context": {"calibration": calibration()}, "run": run}
+    options = {"group": 32} if "group" in method_class.__dataclass_fields__ else {}
+    return {"model": build, "options": options, "context": {"calibration": calibration()}, "run": run}

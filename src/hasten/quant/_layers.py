@@ -16,6 +16,7 @@ from hasten.core.errors import UsageError
 LAYERS = {
     "codes": ("hasten.quant._linear", "QuantLinear"),
     "int8": ("hasten.quant._int8", "Int8Linear"),
+    "mixed": ("hasten.quant._mixed", "MixedLinear"),
     "block_sparse": ("hasten.prune._sparse", "BlockSparseLinear"),
     "bitmap": ("hasten.prune._sparse", "BitmapLinear"),
 }
