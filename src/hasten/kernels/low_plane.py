@@ -171,7 +171,7 @@ def torch_product(
 ) -> Tensor:
     """The product with 64 rows of L dense at a time."""
     xs = round_activations(x) if activations == 8 else x.float()
-    parts = [F.linear(xs, dense(*some, block, wide, x.shape[-1])) for some in _slabs(codes, places, scales)]
+    parts = [F.linear(xs, dense(c, p, s, block, wide, x.shape[-1])) for c, p, s in _slabs(codes, places, scales)]
     return torch.cat(parts, dim=-1).to(x.dtype)
 
 
@@ -220,8 +220,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of x, as if x had not been rounded; L is constant."""
     total = torch.zeros(*grad.shape[:-1], ctx.sizes[-1], device=grad.device)
-    for part, some in zip(grad.split(SLAB, dim=-1), _slabs(*ctx.saved_tensors), strict=True):
-        total += part.float() @ dense(*some, *ctx.sizes)
+    for part, (c, p, s) in zip(grad.split(SLAB, dim=-1), _slabs(*ctx.saved_tensors), strict=True):
+        total += part.float() @ dense(c, p, s, *ctx.sizes)
     return total.to(grad.dtype), *[None] * 6
 
 

@@ -49,8 +49,8 @@ class MixedCodes:
     def layer(self, bias: Tensor | None, dtype: torch.dtype) -> "MixedLinear":
         packed = packing.pack(self.high, 2)
         low, places, scales, zeros = (one.clone() for one in (self.low, self.places, self.scales, self.zeros))
-        return MixedLinear(packed, low, places, scales, zeros, bias, block=self.block, wide=self.wide, columns=self.high.shape[1],
-                           dtype=dtype, activations=self.activations)  # fmt: skip
+        return MixedLinear(packed, low, places, scales, zeros, bias, block=self.block, wide=self.wide,
+                           columns=self.high.shape[1], dtype=dtype, activations=self.activations)  # fmt: skip
 
 
 class MixedLinear(nn.Module):
