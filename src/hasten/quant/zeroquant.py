@@ -4,13 +4,13 @@
     y = S_x S_w (x_q W_q^T) + bias
 
 in integers but for the last line (the paper's token-wise quantization, and its fused kernels: rounding and scaling are
-part of the product). Scales of tokens are found as they come, so nothing is calibrated. Shapes: x [..., in], W [out, in], S_w
-[out].
+part of the product). Scales of tokens are found as they come, so nothing is calibrated. Shapes: x [..., in], W [out,
+in], S_w [out].
 
 Departures: S_w is one number for each row of W, finer than the paper's groups, which hold several rows. With `group`
 or 4 bits, it is one for so many columns of a row, and tokens are rounded 64 inputs at a time, not whole: 4 bits would
-lose too much otherwise, and the product reads 4-bit codes as they are. Layer-by-layer distillation is left
-out. All linear layers get the same bits, where the paper also mixes 4 for feed-forward weights with 8.
+lose too much otherwise, and the product reads 4-bit codes as they are. Layer-by-layer distillation is left out. All
+linear layers get the same bits, where the paper also mixes 4 for feed-forward weights with 8.
 """
 
 import dataclasses
