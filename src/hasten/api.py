@@ -102,6 +102,16 @@ class Handle:
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         return folder
 
+    def export(self, path: str | pathlib.Path, format: str = "compressed-tensors") -> pathlib.Path:
+        """Writes a quantized transformers model for other libraries: `format` is compressed-tensors or gptq.
+
+        Raises:
+            UsageError: the format has no place for a layer of this plan (`save` keeps everything).
+        """
+        from hasten.quant._exchange import export
+
+        return export(self.host, path, format)
+
     def __repr__(self) -> str:
         return f"Handle({type(self.model).__name__}, {str(self.plan)!r})"
 
@@ -152,7 +162,7 @@ def apply(
 
 
 def load_pretrained(path: str | pathlib.Path, model: nn.Module | None = None) -> Handle:
-    """Loads what `Handle.save` wrote.
+    """Loads what `Handle.save` wrote, or a transformers model that is quantized with compressed-tensors or GPTQ.
 
     Args:
         path: the folder.
@@ -165,6 +175,12 @@ def load_pretrained(path: str | pathlib.Path, model: nn.Module | None = None) ->
     from safetensors.torch import load_file
 
     folder = pathlib.Path(path)
+    if model is None and not (folder / RECORD).exists():
+        from hasten.quant import _exchange
+
+        if _exchange.is_exchanged(folder):
+            found, text, decided, original = _exchange.load(folder)
+            return Handle(found, Plan.parse(text), Context(), [decided], original)
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):

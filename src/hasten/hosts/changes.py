@@ -13,6 +13,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._undos: list[Callable[[], None]] = []
+        self._replaced: list[tuple[int, str, nn.Module]] = []  # place on the stack, path, module
 
     def __len__(self) -> int:
         return len(self._undos)
@@ -57,6 +58,8 @@ class Changes:
         parent = root.get_submodule(parent_path)
         old = parent._modules[name]
         parent._modules[name] = new
+        if old is not None:
+            self._replaced.append((len(self._undos), path, old))
         self._undos.append(lambda: parent._modules.__setitem__(name, old))
 
     def hook(self, handle: Any) -> Any:
@@ -64,11 +67,22 @@ class Changes:
         self._undos.append(handle.remove)
         return handle
 
+    def replaced(self) -> dict[str, nn.Module]:
+        """The module that stood at each path before the first change that put another there."""
+        found: dict[str, nn.Module] = {}
+        for _, path, module in self._replaced:
+            found.setdefault(path, module)
+        return found
+
     def undo(self, to: int = 0) -> None:
         """Undoes the changes made after the stack had length `to`, latest first."""
         while len(self._undos) > to:
             self._undos.pop()()
+        self._replaced = [one for one in self._replaced if one[0] < len(self._undos)]
 
     def forget(self, start: int = 0, end: int | None = None) -> None:
         """Makes the changes from place `start` to before `end` of the stack permanent and frees what they replaced."""
+        end = len(self._undos) if end is None else end
         del self._undos[start:end]
+        kept = [one for one in self._replaced if not start <= one[0] < end]
+        self._replaced = [(place - (end - start) * (place >= end), *rest) for place, *rest in kept]  # type: ignore[misc]
