@@ -21,6 +21,8 @@ BUNDLED = {
     "speed-bench": "hasten.workloads.speed_bench",
     "digits-vit": "hasten.workloads.digits_vit",
     "digits-dit": "hasten.workloads.digits_dit",
+    "llama2c": "hasten.workloads.llama2c",
+    "cifar": "hasten.workloads.cifar",
 }
 
 
