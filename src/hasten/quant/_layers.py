@@ -17,6 +17,7 @@ LAYERS = {
     "codes": ("hasten.quant._linear", "QuantLinear"),
     "int8": ("hasten.quant._int8", "Int8Linear"),
     "mixed": ("hasten.quant._mixed", "MixedLinear"),
+    "six_bit_inputs": ("hasten.quant._six", "SixBitLinear"),
     "block_sparse": ("hasten.prune._sparse", "BlockSparseLinear"),
     "bitmap": ("hasten.prune._sparse", "BitmapLinear"),
 }
