@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import hasten.api
+from conformance.denoising import hidden, tiny
 from hasten.core.errors import PlanError, UsageError
 from hasten.hosts import recognise
 from hasten.prune.llm_drop import LLMDrop, llm_drop, naive_llm_drop
+from hosts import test_vit as vits
 from hosts.tiny import DECODERS, llama, padded_batch, write
 
 BATCH = padded_batch()
@@ -123,7 +125,7 @@ def test_what_can_not_be_says_why():
         LLMDrop(keep=0.5, drop=2)
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61, "hidden_size": 32}
     bert = BertForMaskedLM(BertConfig(**shape, intermediate_size=48))
-    with pytest.raises(PlanError, match="works on decoder models; this one is a module"):
+    with pytest.raises(PlanError, match="works on decoder and diffusion_lm and vit models"):
         hasten.api.apply(bert, "prune/llm_drop", calibration=[BATCH])
     late = OPTForCausalLM(OPTConfig(**shape, ffn_dim=48, word_embed_proj_dim=32, do_layer_norm_before=False))
     with pytest.raises(UsageError, match="residual stream"):
@@ -146,3 +148,26 @@ def test_naive_on_a_whole_layer():
     wanted = [float(sums[i, "attention"][0]) / sums[i, "attention"][1] for i in range(4)]
     got = chosen(model, {})[0].report["prune/llm_drop"]["importance_attention"]
     torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hf_vit", "hf_deit", "timm_vit", "timm_scaled", "timm_distilled"])
+def test_vision_transformers_lose_their_weak_sublayers(name):
+    model = vits.build(name)
+    images = vits.inputs_of(name)
+    weaken(model, 1, "attention")
+    weaken(model, 1, "mlp")
+    with torch.no_grad():
+        before = vits.logits(model, images)
+        for target, part in (("attention", "attention"), ("mlp", "mlp")):
+            handle = hasten.api.apply(model, LLMDrop(drop=1, target=target), calibration=[images])
+            assert handle.report["prune/llm_drop"]["left_out"] == {part: [1]}
+            assert not handle.host.has(1, part) and handle.report["prune/llm_drop"]["weights_kept"] < 1
+            after = vits.logits(model, images)
+            assert 0 < (after - before).norm() < 0.1 * before.norm()
+            handle.undo()
+        assert torch.equal(vits.logits(model, images), before)
+
+
+def test_masked_diffusion_models_lose_sublayers():
+    handle, left_out = chosen(tiny(), {"drop": 1}, hidden(1))
+    assert len(left_out["attention"]) == 1 and handle.host.kind == "diffusion_lm"

@@ -9,24 +9,15 @@ import torch
 from torch import nn
 
 from hasten.core.errors import UsageError
-from hasten.hosts.anatomy import Anatomy, dissect
 from hasten.hosts.attention import Call, attend_with
-from hasten.hosts.blocks import BlockHost
-from hasten.hosts.stream import See, SeeLayer, layer_hooks, sublayer_hooks
-from hasten.hosts.structure import Dropped, is_norm
-
-PARTS = ("attention", "mlp")
+from hasten.hosts.structure import is_norm
+from hasten.hosts.sublayers import SublayerHost
 
 
-class DecoderHost(BlockHost):
-    """A decoder: embedding, blocks with causal attention, a last norm, a language-model head.
-
-    Attributes:
-        mask: while `observe_sublayers` runs, which positions of the batch are real, bool [B, T].
-    """
+class DecoderHost(SublayerHost):
+    """A decoder: embedding, blocks with causal attention, a last norm, a language-model head."""
 
     kind = "decoder"
-    mask: torch.Tensor | None = None
     _prompt_only: frozenset[int] = frozenset()
 
     @property
@@ -88,19 +79,8 @@ class DecoderHost(BlockHost):
         """
         attend_with(self, layer, run)
 
-    @functools.cached_property
-    def anatomy(self) -> Anatomy:
-        """The wiring of the blocks, found once with a forward of three tokens."""
-        block = next((b for b in self.blocks if not any(isinstance(part, Dropped) for part in b.children())), None)
-        if block is None or self.attention_name is None:
-            raise UsageError("no block of this model has both its sublayers: start from the whole model")
-        tokens = torch.arange(3, device=self.device)[None] % self.embedding.weight.shape[0]  # type: ignore[union-attr,index]
-        training = self.model.training
-        self.model.eval()
-        try:
-            return dissect(block, self.attention_name, self.mlp_names, lambda: self._run({"input_ids": tokens}))
-        finally:
-            self.model.train(training)
+    def _example(self) -> dict[str, Any]:
+        return {"input_ids": torch.arange(3, device=self.device)[None] % self.embedding.weight.shape[0]}  # type: ignore[union-attr,index]
 
     def _run(self, batch: dict[str, Any]) -> Any:
         if hasattr(self.model, "config") and hasattr(self.model.config, "get_text_config"):
@@ -109,43 +89,11 @@ class DecoderHost(BlockHost):
             return self.forward(batch)
         return self.model(batch["input_ids"].to(self.device))
 
-    def has(self, index: int, part: str) -> bool:
-        """Whether a layer still has its `attention` or `mlp`."""
-        names = (self.attention_name,) if part == "attention" else self.mlp_names
-        return not any(isinstance(self.blocks[index].get_submodule(n), Dropped) for n in names if n)
-
-    def drop(self, index: int, part: str) -> None:
-        """Removes one sublayer with its norms; the residual stream passes by, and attention leaves no cache entry.
-
-        Args:
-            part: `attention` or `mlp`.
-
-        Raises:
-            UsageError: an unknown layer or part, one that is gone already, the last attention, or a model whose
-                sublayers do not add to a residual stream.
-        """
-        self._checked([index])
-        if part not in PARTS:
-            raise UsageError(f"a layer has the parts attention and mlp, not {part!r}")
-        if not self.has(index, part):
-            raise UsageError(f"the {part} of layer {index} is dropped already")
+    def _check_drop(self, part: str) -> None:
         if part == "attention" and sum(self.has(i, part) for i in range(len(self.blocks))) == 1:
             raise UsageError("at least one attention must stay: without any, a token can't see those before it")
-        if not self.anatomy.additive:
-            raise UsageError(
-                f"{type(self.model).__name__} does not add its sublayers to a residual stream (a norm follows the sum, "
-                "or the sum is inside the sublayer), so that none can be left out; whole layers can"
-            )
-        if part == "attention":
+        if part == "attention" and self.anatomy.additive:
             self._check_sharing()
-        other = PARTS[part == "attention"]
-        block, own, path = self.blocks[index], self.anatomy[part], f"{self.blocks_path}.{index}."
-        shared = set(self.anatomy[other].before) if self.has(index, other) else set()
-        for name in (*own.modules[:-1], *own.before, *own.after):
-            if name not in shared and not isinstance(block.get_submodule(name), nn.Identity):
-                self.changes.module(self.model, path + name, nn.Identity())
-        self.changes.module(self.model, path + own.modules[-1], Dropped(own.length))
-        self._renumber()
 
     def skip_while_decoding(self, indices: Iterable[int]) -> None:
         """Blocks that run for the prompt only: once the cache holds tokens, the residual stream passes them by.
@@ -195,34 +143,6 @@ class DecoderHost(BlockHost):
         for config in configs:
             if unused or "kv_sharing_modes" in vars(config):
                 self.changes.set(config, "kv_sharing_modes", modes)
-
-    def observe_sublayers(self, batches: Iterable[dict[str, Any]], see: See) -> None:
-        """Runs the batches and hands the residual stream before and after every sublayer to `see`.
-
-        Args:
-            see: called as `see(index, part, before, after)`, both [B, T, D], the parts of a block in order; `host.mask`
-                [B, T] says which positions are real.
-        """
-        self._observe(batches, sublayer_hooks(self, see))
-
-    def observe_layers(self, batches: Iterable[dict[str, Any]], see: SeeLayer) -> None:
-        """The same around whole blocks: `see(index, before, after)`."""
-        self._observe(batches, layer_hooks(self, see))
-
-    @torch.no_grad()
-    def _observe(self, batches: Iterable[dict[str, Any]], handles: list[Any]) -> None:
-        training = self.model.training
-        self.model.eval()
-        try:
-            for batch in batches:
-                ids, mask = batch["input_ids"], batch.get("attention_mask")
-                self.mask = (torch.ones_like(ids) if mask is None else mask).bool().to(self.device)
-                self._run({name: value for name, value in batch.items() if name != "labels"})
-        finally:
-            self.mask = None
-            for handle in handles:
-                handle.remove()
-            self.model.train(training)
 
 
 def _for_prompt_only(forward: Callable[..., Any], length: int) -> Callable[..., Any]:

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from hasten.core.errors import UsageError
 from hasten.hosts import mixing
 from hasten.hosts.base import Layer
-from hasten.hosts.blocks import BlockHost
 from hasten.hosts.structure import is_projection
+from hasten.hosts.sublayers import SublayerHost
 
 Attend = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 Rows = Callable[[torch.Tensor], torch.Tensor]
@@ -44,7 +44,7 @@ class BlockParts:
     attend_by: Callable[..., torch.Tensor]
 
 
-class ViTHost(BlockHost):
+class ViTHost(SublayerHost):
     """A vision transformer: patch embedding, blocks with two-way attention, a head."""
 
     kind = "vit"
@@ -80,6 +80,17 @@ class ViTHost(BlockHost):
 
     def _parameter_names(self) -> set[str]:
         return {name.rpartition(".")[2] for name, _ in self.model.named_parameters()}
+
+    def _example(self) -> dict[str, Any]:
+        config, channels = getattr(self.model, "config", None), self.patch_embedding.in_channels
+        size = getattr(config, "image_size", None) or getattr(
+            getattr(self.model, "patch_embed", None), "img_size", None
+        )
+        high, wide = size if isinstance(size, tuple | list) else (size, size)
+        if not isinstance(high, int):
+            high = wide = 4 * self.patch_embedding.kernel_size[0]
+        noise = torch.randn(1, channels, high, wide, generator=torch.Generator().manual_seed(0))
+        return {self.first_input(): noise.to(self.device, next(self.model.parameters()).dtype)}
 
     def tokens(self, inputs: dict) -> torch.Tensor:
         """The embedded tokens [B, N, D] that enter the first block."""

@@ -23,7 +23,7 @@ from hasten.hosts.context import Context
 
 @dataclasses.dataclass(frozen=True)
 class LayerPruning(Method):
-    """Base of methods that leave out layers and sublayers of a decoder."""
+    """Base of methods that leave out layers and sublayers of a model."""
 
     @property
     def observes(self) -> tuple[str, ...]:
@@ -64,14 +64,14 @@ class LayerPruning(Method):
 
 
 def install(method: LayerPruning, host: Any, context: Context) -> dict[str, Any]:
-    """Takes layers and sublayers out of a decoder.
+    """Takes layers and sublayers out of a model.
 
     Returns:
         `leave_out`: part to the indices of the layers that lose it.
 
     Raises:
-        UsageError: the model is no decoder, parts of it are gone already, its sublayers can't be left out, or there is
-            no calibration data.
+        UsageError: the model shows no sublayers, parts of it are gone already, its sublayers can't be left out, or
+            there is no calibration data.
     """
     _check(method, host)
     importance = measure(method, host, context.calibration) if method.observes else {}
@@ -123,7 +123,7 @@ def measure(method: LayerPruning, host: Any, batches: list[dict[str, Any]] | Non
 
     def see(index: int, part: str, before: torch.Tensor, after: torch.Tensor) -> None:
         if part in sums:
-            total, number = method.importance(before, after, host.mask)
+            total, number = method.importance(before, after, _real(host, before))
             sums[part][index] += total.double().cpu()
             counts[part][index] += number
 
@@ -136,9 +136,17 @@ def measure(method: LayerPruning, host: Any, batches: list[dict[str, Any]] | Non
     return {part: sums[part] / counts[part] for part in sums}
 
 
+def _real(host: Any, stream: torch.Tensor) -> torch.Tensor:
+    if host.mask is None or host.mask.shape != stream.shape[:2]:
+        return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
+    return host.mask  # type: ignore[no-any-return]
+
+
 def _check(method: LayerPruning, host: Any) -> None:
-    if host.kind != "decoder" or not hasattr(host, "observe_sublayers"):
-        raise UsageError(f"{method.name} works on decoders; {type(host.model).__name__} is a {host.kind}")
+    if not hasattr(host, "observe_sublayers"):
+        raise UsageError(f"{method.name} works on decoders and ViTs; {type(host.model).__name__} is a {host.kind}")
+    if method.decoding_only and host.kind != "decoder":
+        raise UsageError(f"{method.name} skips while decoding, and a {host.kind} does not decode")
     partial = [i for i in range(len(host.layers)) for part in ("attention", "mlp") if not host.has(i, part)]
     if partial and (method.observes or not method.decoding_only):
         raise UsageError(f"layer {partial[0]} has lost a part already: apply {method.name} to the whole model")

@@ -32,7 +32,7 @@ CARD = Card(
     when="A deep decoder whose middle and late attention changes little; no training is needed.",
     when_not="Small or shallow models, where each sublayer counts, and tasks that look up facts in a long prompt.",
     needs=("calibration",),
-    hosts=("decoder",),
+    hosts=("decoder", "diffusion_lm", "vit"),
 )
 
 TARGETS = {"attention": ("attention",), "mlp": ("mlp",), "joint": ("attention", "mlp"), "block": ("block",)}
