@@ -20,7 +20,16 @@ def run(handle: Any) -> tuple[torch.Tensor, ...]:
 SMALL: dict[str, Any] = {"keep": 0.5, "speedup": 2.0, "sparsity": 0.5}
 
 
+def train(method: Any, seed: int) -> list[torch.Tensor]:
+    """Losses and weights of a run with a teacher of the same shape."""
+    from conformance import optim
+
+    return optim.outcome(optim.run_of(method, seed, teacher=optim.llama(seed + 1)))
+
+
 def subject(method_class: type) -> dict[str, Any]:
+    if getattr(method_class, "training_only", False):
+        return {"train": train, "options": {}}
     small = {name: value for name, value in SMALL.items() if name in method_class.__dataclass_fields__}
     if "layout" in method_class.__dataclass_fields__:
         small["layout"] = "dense"

@@ -6,7 +6,7 @@
 no weight is updated. With n:m the n highest of each m in a row stay.
 
 Departures: the norm is the root mean square over real tokens, which gives the same order; calibration leaves out
-padding. Blocks (`pattern=16x1`), which count by the sum of their scores and compete in the whole matrix, are an
+padding. Blocks (such as 16x1), which count by the sum of their scores and compete in the whole matrix, are an
 addition. Of equal scores the earlier weight stays.
 """
 

@@ -50,6 +50,7 @@ class Run:
         plan: methods, as `Plan.of` takes them.
         host: where the model keeps its parts; found by the model's structure when None.
         context: calibration data, a draft, a teacher for methods that change the model.
+        teacher: that of the context, for a run without one; for methods that learn from another model.
         steps: optimizer steps in all.
         accumulate: batches per optimizer step. The last group of a pass without `steps` may be smaller; its gradients
             are the mean over the batches it has.
@@ -79,6 +80,7 @@ class Run:
         *,
         host: Host | None = None,
         context: Context | None = None,
+        teacher: nn.Module | None = None,
         steps: int | None = None,
         accumulate: int = 1,
         clip: float | None = None,
@@ -110,7 +112,8 @@ class Run:
         self._sync = contextlib.ExitStack()
         if self.processes > 1 and accumulate > 1 and steps is None and self.stream.length() is None:
             raise UsageError("accumulating over several processes needs steps=N or a loader with a length")
-        attach_plan(self, context or Context(seed=seed))
+        self.context = context or Context(teacher=teacher, seed=seed)
+        attach_plan(self, self.context)
         wrap_forward(model, precision, self.device, self.changes)
         if resume is not None:
             checkpoint.load(self, pathlib.Path(resume))
