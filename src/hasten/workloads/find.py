@@ -15,6 +15,7 @@ BUNDLED = {
     "stdlib-rag": "hasten.workloads.stdlib_rag",
     "stdlib-denoiser": "hasten.workloads.stdlib_denoiser",
     "stdlib-upscale": "hasten.workloads.upscale",
+    "stdlib-recover": "hasten.workloads.recover",
     "stdlib-written": "hasten.workloads.written",
     "constrained-lm": "hasten.workloads.constrained",
     "sums-lm": "hasten.workloads.reasoning",
