@@ -8,8 +8,8 @@ No calibration beyond e. Shapes: weight [out, in], tokens (inputs of the layer) 
 
 Departures: the paper finds the sensitive layers by the model's perplexity, kind of layer by kind, and its code fixes
 what it found for Llama (the down projections); here each layer's own output error decides, so other models have their
-own (the default bound parts the down projections of a small Llama from the rest). 8-bit inputs share a scale in runs of
-64, the product's, 6-bit ones in runs of 128, the paper's. The paper's kernel multiplies planes of bits, so that 6-bit
+own (by the default bound, most down projections of the bundled small Llama and nothing else). 8-bit inputs share a
+scale in runs of 64, the product's, 6-bit ones in runs of 128, the paper's. The paper's kernel multiplies planes of bits, so that 6-bit
 inputs take less time than 8-bit ones. A processor's products have whole bytes: 6-bit inputs save nothing here, and are
 multiplied in fp32 once they are rounded; `activations=8` gives all layers 8 bits, which is faster and loses less.
 """
@@ -87,7 +87,7 @@ def flexq(weight: Float[Tensor, "rows columns"], tokens: Float[Tensor, "tokens c
 class FlexQ(Method):
     bits: int = option(6, "bits of a weight; 16 leaves the model as it is", choices=(6, FULL_BITS))
     group: int = option(128, "columns that share a scale, a power of two from 16 up; 0: the whole row", least=0)
-    sensitive: float = option(0.0007, "share of its output's energy from whose loss on a layer's inputs have 8 bits",
+    sensitive: float = option(0.001, "share of its output's energy from whose loss on a layer's inputs have 8 bits",
                               least=0)  # fmt: skip
     activations: int = option(6, "6: inputs of layers that bear it have 6 bits; 8: all have 8", choices=(6, 8))
     ignore: tuple[str, ...] = option((), "paths of layers that stay as they are; * stands for anything")
