@@ -68,14 +68,18 @@ def test_a_model_has_both_kinds_of_layers_and_comes_back(tmp_path):
             layer.self_attn.v_proj.weight[0] *= 100
             layer.self_attn.o_proj.weight[:, 0] *= 0.0001
             layer.self_attn.o_proj.weight[:, 12] *= 0.0001
-    ids = torch.randint(1, 61, (1, 9))
+    ids = torch.randint(1, 61, (4, 16), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         before = model(ids).logits
+        handle = hasten.apply(model, "quant/flexq(group=32, sensitive=1)", calibration=common.calibration())
+        assert all(isinstance(part, SixBitLinear) for part in model.modules() if isinstance(part, QuantLinear))
+        everywhere = (model(ids).logits - before).norm()
+        handle.undo()
         handle = hasten.apply(model, "quant/flexq(group=32)", calibration=common.calibration())
         kinds = {path.split(".")[-1]: type(part) for path, part in model.named_modules() if hasattr(part, "packed")}
         assert kinds["o_proj"] is QuantLinear and kinds["q_proj"] is kinds["k_proj"] is SixBitLinear
         after = model(ids).logits
-        assert 0 < (after - before).norm() < 0.1 * before.norm()
+        assert 0 < (after - before).norm() < 0.7 * everywhere
         loaded = hasten.load_pretrained(handle.save(tmp_path / "saved"))
         assert torch.equal(loaded.model(ids).logits, after)
         densify(handle.host)

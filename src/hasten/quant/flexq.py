@@ -9,9 +9,10 @@ No calibration beyond e. Shapes: weight [out, in], tokens (inputs of the layer) 
 Departures: the paper finds the sensitive layers by the model's perplexity, kind of layer by kind, and its code fixes
 what it found for Llama (the down projections); here each layer's own output error decides, so other models have their
 own (by the default bound, most down projections of the bundled small Llama and nothing else). 8-bit inputs share a
-scale in runs of 64, the product's, 6-bit ones in runs of 128, the paper's. The paper's kernel multiplies planes of bits, so that 6-bit
-inputs take less time than 8-bit ones. A processor's products have whole bytes: 6-bit inputs save nothing here, and are
-multiplied in fp32 once they are rounded; `activations=8` gives all layers 8 bits, which is faster and loses less.
+scale in runs of 64, the product's, 6-bit ones in runs of 128, the paper's. The paper's kernel multiplies planes of
+bits, so that 6-bit inputs take less time than 8-bit ones. A processor's products have whole bytes: 6-bit inputs save
+nothing here, and are multiplied in fp32 once they are rounded; `activations=8` gives all layers 8 bits, which is faster
+and loses less.
 """
 
 import dataclasses
