@@ -31,6 +31,4 @@ def subject(method_class: type) -> dict[str, Any]:
     if getattr(method_class, "training_only", False):
         return {"train": train, "options": {}}
     small = {name: value for name, value in SMALL.items() if name in method_class.__dataclass_fields__}
-    if "layout" in method_class.__dataclass_fields__:
-        small["layout"] = "dense"
     return {"model": llama, "options": small, "context": {"calibration": [padded_batch()]}, "run": run}
