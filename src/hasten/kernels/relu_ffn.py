@@ -32,6 +32,7 @@ from hasten.math.shapes import Float
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 MOST = 8  # tokens for which inactive neurons are left out
+GATHERED = 5  # gathering a row and multiplying the copy costs as much as multiplying this many
 _PIECES, _LEAST = 8, 64  # of hidden neurons that threads take; neurons of a piece at least
 
 
@@ -125,14 +126,16 @@ def torch_ffn(
     x: Tensor, gate: Tensor, down_t: Tensor, up: Tensor | None, gate_bias: Tensor | None, up_bias: Tensor | None,
     down_bias: Tensor | None, threshold: float,
 ) -> Tensor:  # fmt: skip
-    """The layer by products with gathered rows: those of neurons that are active for any token."""
+    """The layer by products with gathered rows: those of neurons that are active for any token, if they are few."""
     z = F.linear(x, gate, gate_bias)
     a = torch.where(z <= threshold, 0, z)
     active = (a != 0).flatten(0, -2).any(0).nonzero()[:, 0] if a.ndim > 1 else a.nonzero()[:, 0]
-    a = a[..., active]
+    if len(active) * GATHERED < len(gate):
+        a, down_t = a[..., active], down_t[active]
+        up, up_bias = (None if t is None else t[active] for t in (up, up_bias))
     if up is not None:
-        a = a * F.linear(x, up[active], None if up_bias is None else up_bias[active])
-    y = a @ down_t[active]
+        a = a * F.linear(x, up, up_bias)
+    y = a @ down_t
     return y if down_bias is None else y + down_bias
 
 
