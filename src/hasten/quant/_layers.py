@@ -16,6 +16,8 @@ from hasten.core.errors import UsageError
 LAYERS = {
     "codes": ("hasten.quant._linear", "QuantLinear"),
     "int8": ("hasten.quant._int8", "Int8Linear"),
+    "int8_norm": ("hasten.quant._norms", "Int8Norm"),
+    "balanced": ("hasten.quant._balanced", "BalancedLinear"),
     "mixed": ("hasten.quant._mixed", "MixedLinear"),
     "six_bit_inputs": ("hasten.quant._six", "SixBitLinear"),
     "block_sparse": ("hasten.prune._sparse", "BlockSparseLinear"),
