@@ -45,7 +45,8 @@ class Int8:
             codes: they are int8 already (a `hasten.quant._norms.Int8Norm` makes them).
         divisors: fp32 [1] or [in] for static inputs and [in] for codes, all above 0: what inputs are, or were, divided
             by. None for dynamic inputs, where it stands for 1.
-        source: int64 [in] for codes where inputs take several columns: the input that a column belongs to.
+        source: int64 [columns] for codes where inputs take several columns: the input that a column belongs to. The
+            codes of an input's columns add up to its number, so each column has the whole weight.
     """
 
     codes: Tensor
@@ -156,7 +157,8 @@ class Int8Linear(nn.Module):
             weight = weight / self.divisors
         if self.source is None:
             return weight
-        return weight.new_zeros(len(weight), self.in_features).index_add_(1, self.source, weight)
+        count = weight.new_zeros(self.in_features).index_add_(0, self.source, weight.new_ones(self.columns))
+        return weight.new_zeros(len(weight), self.in_features).index_add_(1, self.source, weight) / count
 
     def dense(self) -> nn.Linear:
         """A plain linear layer with that weight in the dtype of the layer that was replaced."""
