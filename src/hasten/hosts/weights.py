@@ -27,9 +27,9 @@ class Weight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        weight = self.part.weight if isinstance(self.part.weight, Tensor) else None
-        if weight is None or is_held(self.part):
+        if is_held(self.part):
             return self.part.out_features, self.part.in_features  # type: ignore[return-value]
+        weight: Tensor = self.part.weight  # type: ignore[assignment]
         if is_conv1d(self.part):
             return weight.shape[1], weight.shape[0]
         return weight.shape[0], math.prod(weight.shape[1:])
@@ -72,6 +72,11 @@ class Weight:
         """A module of the same use with another dense weight [out, in]."""
         if isinstance(self.part, nn.Conv2d):
             return convolution(linear_of(matrix.to(self.dtype), self.bias), geometry(self.part), self.part.in_channels)
+        if is_conv1d(self.part):
+            made = type(self.part)(*self.shape)  # type: ignore[call-arg]
+            made.weight = nn.Parameter(matrix.t().to(self.dtype).contiguous())
+            made.bias = nn.Parameter(self.part.bias.detach().clone())  # type: ignore[union-attr,operator]
+            return made.train(self.part.training)
         return linear_of(matrix.to(self.dtype), self.bias).train(self.part.training)
 
     def bytes(self) -> int:

@@ -47,14 +47,14 @@ def keep(scores: Float[Tensor, "rows columns"], sparsity: float, pattern: str, b
     """The weights that stay, bool [rows, columns]; of equal scores the earlier one stays.
 
     Args:
-        by_row: single weights compete within their row, else within the matrix. Blocks always compete in the matrix.
+        by_row: single weights compete within their row, else within the matrix. Blocks always compete in the matrix, by
+            the mean of their scores, so that those that its edge cuts off are not at a disadvantage.
     """
     some, size = of(pattern), block(pattern)
     if some is not None:
         return _keep_some(scores, *some)
     if size is not None:
-        totals = _block_sums(scores.float(), *size)
-        kept = _largest(totals.flatten()[None], sparsity).view_as(totals)
+        kept = _keep_blocks(scores.float(), sparsity, *size)
         whole = kept.repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
         return whole[: scores.shape[0], : scores.shape[1]]
     return _largest(scores if by_row else scores.flatten()[None], sparsity).view_as(scores)
@@ -72,6 +72,15 @@ def _keep_some(scores: Tensor, n: int, m: int) -> Tensor:
     groups = F.pad(scores.float(), (0, -columns % m), value=-torch.inf).view(rows, -1, m)
     order = groups.argsort(dim=2, descending=True, stable=True)[..., :n]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(2, order, True).view(rows, -1)[:, :columns]
+
+
+def _keep_blocks(scores: Tensor, sparsity: float, high: int, wide: int) -> Tensor:
+    """All blocks, [bands, blocks], but those of least mean that together hold at most a fraction of the weights."""
+    counts = _block_sums(torch.ones_like(scores), high, wide)
+    means = _block_sums(scores, high, wide) / counts
+    order = means.flatten().argsort(descending=True, stable=True).flip(0)
+    gone = counts.flatten()[order].double().cumsum(0) <= scores.numel() * sparsity
+    return torch.ones_like(gone).scatter_(0, order, ~gone).view_as(means)
 
 
 def _block_sums(scores: Tensor, high: int, wide: int) -> Tensor:

@@ -103,13 +103,18 @@ def restore(host: Host, record: dict[str, Any]) -> None:
     """Puts empty sparse layers where the record says; `load_state_dict` fills them.
 
     Raises:
-        UsageError: the record names a layer or a kind that is not there.
+        UsageError: the record names a layer or a kind that is not there, or sizes that do not fit the layer.
     """
     weights = host.weights()
     for path, one in record["layers"].items():
         if path not in weights or one["layer"] not in KINDS:
-            raise UsageError(f"the saved plan names the sparse layer {path}, which this model or version lacks")
+            raise UsageError(f"the saved plan has the sparse layer {path}, which is not here: is it the same model?")
         layer = layer_class(one["layer"]).empty(**one["shape"], device=host.device)
+        if (layer.out_features, layer.in_features) != weights[path].shape:
+            raise UsageError(
+                f"the saved plan has {path} as {layer.out_features} x {layer.in_features}, the model as "
+                f"{' x '.join(map(str, weights[path].shape))}: is it the same model?"
+            )
         host.replace(path, weights[path].holding(layer.train(weights[path].part.training)))
 
 

@@ -7,7 +7,7 @@ is compared with.
 
 Departures: the threshold follows from the sparsity that is asked for, not from a multiple of the layer's standard
 deviation, and nothing is trained: `prune/squarehead` trains what remains. n:m and blocks, whose weights count by their
-sum, are additions.
+mean, are additions.
 """
 
 import dataclasses
@@ -57,11 +57,14 @@ def naive_magnitude(
         return found
     high, wide = size or (1, 1)
     groups = [(r, c) for r in range(0, rows, high) for c in range(0, columns, wide)]
-    held = {at: found[at[0] : at[0] + high, at[1] : at[1] + wide].abs().sum().item() for at in groups}
+    held = {at: found[at[0] : at[0] + high, at[1] : at[1] + wide].abs().double() for at in groups}
     lines = [[at for at in groups if at[0] == r] for r in range(rows)] if by_row and not size else [groups]
     for line in lines:
-        count = int(len(line) * sparsity)
-        for r, c in sorted(line, key=lambda at: (held[at], -at[0], -at[1]))[:count]:
+        left = sum(held[at].numel() for at in line) * sparsity
+        for r, c in sorted(line, key=lambda at: (held[at].mean().item(), -at[0], -at[1])):
+            left -= held[r, c].numel()
+            if left < 0:
+                break
             found[r : r + high, c : c + wide] = 0
     return found
 

@@ -10,7 +10,7 @@ mask is chosen for `block` columns at a time, by eps with the weights as they ar
 adaptive mask selection); with n:m for each m columns and each row. Later blocks are updated lazily, as one product.
 W [out, in], H [in, in].
 
-Departures: blocks such as 16x1 are an addition; they count by the sum of their weights' eps, so correlations inside a
+Departures: blocks such as 16x1 are an addition; they count by the mean of their weights' eps, so correlations inside a
 block are left out of the choice, not of the update. Columns whose input was always zero are pruned first, but those
 beyond the sparsity keep their weights (the official code zeroes all). Calibration leaves out padding. If the factor
 can't be computed, damping grows tenfold.

@@ -6,7 +6,7 @@
 no weight is updated. With n:m the n highest of each m in a row stay.
 
 Departures: the norm is the root mean square over real tokens, which gives the same order; calibration leaves out
-padding. Blocks (such as 16x1), which count by the sum of their scores and compete in the whole matrix, are an
+padding. Blocks (such as 16x1), which count by the mean of their scores and compete in the whole matrix, are an
 addition. Of equal scores the earlier weight stays.
 """
 
@@ -54,8 +54,12 @@ def naive_wanda(
         for at in ((i, j) for i in range(0, rows, size[0]) for j in range(0, columns, size[1])):
             inside = [(i, j) for i in range(at[0], min(at[0] + size[0], rows))
                       for j in range(at[1], min(at[1] + size[1], columns))]  # fmt: skip
-            held[at] = (sum(scores[i][j] for i, j in inside), inside)
-        for at in sorted(held, key=lambda at: (held[at][0], -at[0], -at[1]))[: int(len(held) * sparsity)]:
+            held[at] = (sum(scores[i][j] for i, j in inside) / len(inside), inside)
+        left = rows * columns * sparsity
+        for at in sorted(held, key=lambda at: (held[at][0], -at[0], -at[1])):
+            left -= len(held[at][1])
+            if left < 0:
+                break
             for i, j in held[at][1]:
                 found[i, j] = 0
         return found
