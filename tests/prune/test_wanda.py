@@ -34,7 +34,7 @@ def cases():
 
 
 def test_golden_value_of_the_papers_figure():
-    """Figure 1: magnitude and Wanda on one weight; magnitudes keep 4, 3, 5, Wanda weighs by the inputs."""
+    """Figure 1: a third input of large norm saves the small weights that multiply it."""
     weight = torch.tensor([[4.0, 0, 1, -1], [3, -2, -1, -3], [-3, 1, 0, 2]])
     norms = torch.tensor([1.0, 2, 8, 3])
     assert wanda(weight, norms).tolist() == [[4, 0, 1, 0], [0, 0, -1, -3], [-3, 0, 0, 2]]

@@ -41,7 +41,7 @@ CARD = Card(
     hosts=("decoder", "diffusion_lm", "vit", "denoiser", "module"),
     experiment=("stdlib-lm(task=generate)", "prune/owl(sparsity=0.6)"),
     when="60% and more of a deep language model's weights.",
-    when_not="Up to half of the weights and in models without outliers, where all layers may as well get the same.",
+    when_not="Up to half of the weights, and small models, which lack such outliers: uniform sparsity keeps more.",
 )
 
 OWN = ("sparsity", "pattern", "layout", "ignore")

@@ -1,11 +1,11 @@
 """SquareHead: a pruned model is trained towards the dense model's hidden states, each layer's error taken relatively.
 
-With the hidden states f_l of the dense teacher t and of the student s after block l (paper, section 3.1):
+With the hidden states f_l of the dense teacher t and of the student s after block l (the paper's distillation loss):
 
     L_feat = sum_l MSE(f_l^t, f_l^s) / MSE(f_l^t, 0),    L = task L_task + hidden L_feat + logit L_KL
 
 L_task is the loss of the person's own loop; L_KL = T^2 KL(softmax(z^t / T) || softmax(z^s / T)), mean over tokens, is 0
-by default, as in the paper's best runs. States [batch, tokens, width], padding left out. Zeros stay zero; with
+by default, as in the authors' run scripts. States [batch, tokens, width], padding left out. Zeros stay zero; with
 `sparsity` more weights, those of least magnitude, become zero during training, along a cubic (Zhu and Gupta,
 arXiv 1710.01878, eq. 1; from 0 at `begin` to `sparsity` at `end`, in `prunings` steps):
 
@@ -13,7 +13,7 @@ arXiv 1710.01878, eq. 1; from 0 at `begin` to `sparsity` at `end`, in `prunings`
 
 Departures: states are those of the residual stream after each block, also after the last, before the last norm. The
 divisor's guard against 0 is 1e-8, where the official code adds bfloat16's epsilon. L_KL takes in all real tokens, not
-those with labels only. The paper prunes gradually with its own pruner; magnitudes are used here.
+those with labels only. Gradual pruning goes by magnitude.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from hasten.prune import _patterns
 from hasten.prune._recovery import Pair, distil, hold_zeros
 
 CARD = Card(
-    title="Sparse Fine-tuning for Inference Acceleration of Large Language Models",
+    title="Sparse Finetuning for Inference Acceleration of Large Language Models",
     paper="2310.06927",
     seams=("loss",),
     effects=("steps", "quality"),
