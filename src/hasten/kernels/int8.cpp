@@ -39,6 +39,16 @@ struct Call {
     int64_t wide() const { return (columns + STEP - 1) / STEP * STEP; }
 };
 
+typedef float vfloat __attribute__((vector_size(4 * LANES)));  // without AVX-512, several instructions
+typedef int32_t vint __attribute__((vector_size(4 * LANES)));
+
+template <class V, class T>
+INLINE V load(const T* from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+
 INLINE int32_t bits_of(float v) {
     int32_t bits;
     memcpy(&bits, &v, 4);
@@ -130,13 +140,12 @@ struct Work {
         float* to = c.y + (first + m) * c.rows + n * LANES;
         const int64_t left = c.rows - n * LANES;
         const float *scales = c.scales + n * LANES, *bias = c.bias ? c.bias + n * LANES : nullptr;
-        if (left >= LANES) {
-            if (bias)
-                for (int i = 0; i < LANES; i++) to[i] = (float)sums[i] * (factor * scales[i]) + bias[i];
-            else
-                for (int i = 0; i < LANES; i++) to[i] = (float)sums[i] * (factor * scales[i]);
+        if (left >= LANES) {  // vectors by hand: the compiler can't know that y is nothing else of these
+            vfloat out = __builtin_convertvector(load<vint>(sums), vfloat) * (load<vfloat>(scales) * factor);
+            if (bias) out += load<vfloat>(bias);
+            memcpy(to, &out, sizeof out);
         } else
-            for (int i = 0; i < left; i++) to[i] = (float)sums[i] * (factor * scales[i]) + (bias ? bias[i] : 0.f);
+            for (int i = 0; i < left; i++) to[i] = (float)sums[i] * (scales[i] * factor) + (bias ? bias[i] : 0.f);
     }
 };
 

@@ -15,7 +15,6 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ def kernel(isa: str | None = None) -> Callable[..., None] | None:
         return None
     function = library.hasten_int8_norm
     function.restype = None
-    function.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int]
+    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int]
     return function  # type: ignore[no-any-return]
 
 
@@ -62,7 +61,6 @@ def naive_norm(
     return torch.tensor(out, dtype=torch.int8).view(*x.shape[:-1], -1)
 
 
-@torch.compiler.disable
 def norm(
     x: Float[Tensor, "... columns"],
     gain: Float[Tensor, "columns"],
@@ -88,8 +86,8 @@ def norm(
         raise UsageError(f"gain and shift must have {columns} numbers, as many as the input has columns")
     if extra and (place is None or place.shape != source.shape):  # type: ignore[union-attr]
         raise UsageError("source and place must have the same length")
-    run = kernel() if x.is_cpu else None
-    if run is None:
+    run = kernel() if x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling() else None
+    if run is None:  # also while compiling: PyTorch's operators fuse there
         return torch_norm(x, gain, shift, source, place, eps=eps, centred=centred, most=most)
     return native_norm(run, x, gain, shift, source, place, eps=eps, centred=centred, most=most)
 
@@ -104,10 +102,9 @@ def native_norm(
         x = x.float()
     x = x.detach().contiguous()
     y = torch.empty((*outer, columns + extra), dtype=torch.int8)
-    scratch = torch.empty(2 * threads * columns)
-    parts: Any = (x, gain, shift, source, place, y, scratch)
-    run(*(None if part is None else part.data_ptr() for part in parts), math.prod(outer), columns, extra,
-        _KINDS[x.dtype], centred, most, eps, threads)  # fmt: skip
+    run(x.data_ptr(), gain.data_ptr(), None if shift is None else shift.data_ptr(),
+        None if source is None else source.data_ptr(), None if place is None else place.data_ptr(), y.data_ptr(),
+        math.prod(outer), columns, extra, _KINDS[x.dtype], centred, most, eps, threads)  # fmt: skip
     return y
 
 
