@@ -142,6 +142,7 @@ def test_dense_layout_is_labelled_simulated():
     assert "no time and no memory is saved" in handle.simulated
     report = handle.report["prune/magnitude"]
     assert report["weight_bytes_after"] == report["weight_bytes_before"] and report["kernel"] == "dense"
+    assert report["zeros_in_dense_layers"] == 28
     below = hasten.apply(llama(), "prune/magnitude(sparsity=0.3)")
     assert "no time and no memory is saved" in below.simulated
 
@@ -177,6 +178,14 @@ def test_pruned_models_can_be_pruned_further():
     hasten.apply(model, f"prune/magnitude({SINGLE})").bake()
     handle = hasten.apply(model, "prune/wanda(sparsity=0.8)", calibration=[BATCH])
     assert handle.report["prune/wanda"]["sparsity"] == pytest.approx(0.8, abs=0.03)
+    model, x = convolutional(), images()
+    first = hasten.apply(model, f"prune/magnitude({BLOCKS})")
+    before = model(x)
+    second = hasten.apply(model, "prune/wanda(pattern='8x1', sparsity=0.7)", calibration=[images(1)])
+    assert second.report["prune/wanda"]["sparsity"] == pytest.approx(0.7, abs=0.05)
+    assert model(x).shape == before.shape and not torch.equal(model(x), before)
+    assert torch.equal(second.undo()(x), before)
+    assert [type(part) for part in first.undo()] == [type(part) for part in convolutional()]
 
 
 def test_training_mode_and_requires_grad_of_what_stays_dense():

@@ -14,7 +14,7 @@ from hasten.hosts.diffusion_lm import DiffusionLMHost, refuse_canvas
 from hasten.hosts.records import record_of
 from hasten.hosts.structure import attention_child, is_conv1d, longest_list
 from hasten.hosts.vit import ViTHost
-from hasten.hosts.weights import is_unfoldable
+from hasten.hosts.weights import is_held, is_unfoldable
 
 
 class ModuleHost(Host):
@@ -74,7 +74,8 @@ def _find(model: nn.Module) -> Host:
             return DiffusionLMHost(model, blocks)
         if _is_causal(model, blocks):
             return DecoderHost(model, blocks)
-    if not any(isinstance(part, nn.Linear) or is_conv1d(part) or is_unfoldable(part) for part in model.modules()):
+    kinds = (is_conv1d, is_unfoldable, is_held)
+    if not any(isinstance(part, nn.Linear) or any(one(part) for one in kinds) for part in model.modules()):
         found = f"{type(model).__name__} has no linear layers or convolutions, so there is nothing to make faster"
         raise UsageError(f"{found}. {how_to_describe(model, 'decoder')}")
     return ModuleHost(model)

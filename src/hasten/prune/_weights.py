@@ -193,6 +193,9 @@ def _note(
             dense.append(path)
     facts: dict[str, Any] = {"sparsity": round(sparsity, 4), "left_dense": left, "weight_bytes_before": before,
                              "weight_bytes_after": after, "kernel": ", ".join(sorted(ways)) or "dense"}  # fmt: skip
+    zeros_in_dense = len(set(dense) - set(left))
+    if zeros_in_dense:
+        facts["zeros_in_dense_layers"] = zeros_in_dense
     if len(set(shares.values())) > 1:
         facts["shares"] = {path: round(share, 4) for path, share in shares.items()}
     if len(dense) == len(chosen):
