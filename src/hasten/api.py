@@ -17,7 +17,7 @@ from hasten.train.attach import family as base_of
 
 RECORD = "hasten.json"
 WEIGHTS = "model.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
 class Handle:

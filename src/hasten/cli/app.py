@@ -119,11 +119,14 @@ def apply(
     plan: Annotated[str, typer.Argument(help="A plan or a YAML file.", show_default=False)],
     out: Annotated[pathlib.Path, typer.Option(help="Folder for the weights and the plan.")],
     text: Annotated[pathlib.Path | None, typer.Option(help="A text to calibrate on.")] = None,
+    format: Annotated[
+        str, typer.Option(help="hasten, or for other libraries compressed-tensors or gptq (quantized models).")
+    ] = "hasten",
 ) -> int:
     """Apply a plan to a trained model and save the result; hasten.load_pretrained(OUT) loads it."""
     from hasten.cli.work import apply_command
 
-    return apply_command(model, plan, out, text)
+    return apply_command(model, plan, out, text, format)
 
 
 @app.command()

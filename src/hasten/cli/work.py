@@ -13,10 +13,13 @@ from hasten.core.errors import UsageError
 from hasten.core.plans import Plan
 
 
-def apply_command(model: str, plan: str, out: pathlib.Path, text: pathlib.Path | None) -> int:
+def apply_command(model: str, plan: str, out: pathlib.Path, text: pathlib.Path | None, format: str) -> int:
     from hasten.api import apply
+    from hasten.quant._exchange import FORMATS
     from hasten.workloads.find import BUNDLED, workload
 
+    if format not in ("hasten", *FORMATS):
+        raise UsageError(f"--format is hasten, {' or '.join(FORMATS)}, not {format!r}")
     parsed = Plan.of(plan)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is not empty: give a new folder")
@@ -26,7 +29,10 @@ def apply_command(model: str, plan: str, out: pathlib.Path, text: pathlib.Path |
     else:
         found = workload(f"hf:{model}", **({"text": str(text)} if text else {}))
     handle = apply(found.trained(), parsed, **found.handed(parsed.methods))
-    handle.save(out)
+    if format == "hasten":
+        handle.save(out)
+    else:
+        handle.export(out, format)
     console = Console(stderr=True)
     for method, facts in handle.report.items():
         console.print(f"{method}: " + ", ".join(f"{k} {v}" for k, v in facts.items()), highlight=False, soft_wrap=True)
