@@ -103,7 +103,6 @@ def figures(quick: bool) -> Iterator[Figure]:
             f"slicegpt_speed_{phase}",
             lambda phase=phase: sliced(phase, seconds),  # type: ignore[misc]
             against=f"dense, a random Llama of 85M weights, keep={KEEP}, {what}",
-            goal=1.0,
         )
 
 
