@@ -98,5 +98,16 @@ def test_rows_with_few_numbers_no_weight_or_no_spread():
     assert kmeans(torch.randn(0, 5), None, 4).shape == (0, 4)
 
 
+def test_weights_over_thirty_decades_leave_the_centroids_in_order_and_in_range():
+    make = torch.Generator().manual_seed(3)
+    x = torch.randn(40, 500, generator=make, dtype=torch.float64)
+    w = torch.randn(40, 500, generator=make, dtype=torch.float64).mul(12).exp()
+    w[:, ::7] *= 1e-25
+    found = kmeans(x, w, 16)
+    assert torch.equal(found, found.sort(1).values)
+    assert (found >= x.amin(1, keepdim=True).float()).all() and (found <= x.amax(1, keepdim=True).float()).all()
+    assert error(x[0], w[0], found[0]) <= 1.02 * exact(x[0], w[0], 16)[1] + 1e-6 * float(w[0].sum())
+
+
 def test_a_number_between_two_centroids_is_the_lower_ones():
     assert nearest(torch.tensor([[-5.0, 1.0, 1.1, 9.0]]), torch.tensor([[0.0, 2.0]])).tolist() == [[0, 0, 1, 1]]

@@ -50,10 +50,11 @@ def nearest(values: Float[Tensor, "rows n"], centroids: Float[Tensor, "rows coun
 def exact(values: Float[Tensor, "n"], weights: Float[Tensor, "n"] | None, count: int) -> tuple[Tensor, float]:
     """Centroids [count] of the global minimum and that minimum, in fp64; n^2 * count operations.
 
-    Where fewer than `count` clusters are needed, the last centroids repeat.
+    Without a positive weight all numbers count alike. Where fewer than `count` clusters are needed, the last centroids
+    repeat.
     """
     x, at = values.double().sort()
-    mass = torch.ones_like(x) if weights is None else weights.double()[at]
+    mass = torch.ones_like(x) if weights is None or not weights.any() else weights.double()[at]
     sums = torch.stack([_running(part[None])[0] for part in (mass, mass * x, mass * x.square())])[None]
     ends, least = _cut(sums, count)
     parts = sums[0].gather(1, ends.expand(3, -1)).diff(dim=1)
@@ -101,8 +102,7 @@ def _first(x: Tensor, mass: Tensor, sums: Tensor, count: int) -> Tensor:
         ends = torch.cat([cuts.new_zeros(len(x), 1), cuts, cuts.new_full((len(x), 1), n)], 1)
     chosen = sums.gather(2, ends[:, None].expand(-1, 3, -1))
     cuts, _ = _cut(chosen, count, torch.float64 if n <= PIECES else torch.float32)
-    mass, moment = _clusters(sums, ends.gather(1, cuts))
-    found = torch.where(mass > 0, moment / mass, torch.nan).sort(1).values
+    found = _means(x, sums, ends.gather(1, cuts)).sort(1).values
     return torch.where(found.isnan(), found.nan_to_num(-torch.inf).amax(1, keepdim=True), found)
 
 
@@ -118,19 +118,23 @@ def _ends(x: Tensor, centroids: Tensor) -> Tensor:
     return torch.cat([cuts.new_zeros(len(x), 1), cuts, cuts.new_full((len(x), 1), x.shape[1])], 1)
 
 
-def _clusters(sums: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass and first moment of each cluster, [rows, count]."""
+def _means(x: Tensor, sums: Tensor, ends: Tensor) -> Tensor:
+    """The mean of each cluster [rows, count], NaN where nothing has a weight.
+
+    A cluster's mass may be rounding of the running sums, so its mean is kept between its least and largest number.
+    """
     mass, moment = (sums[:, i].gather(1, ends).diff(dim=1) for i in (0, 1))
-    return mass, moment
+    low, high = x.gather(1, ends[:, :-1].clamp(max=x.shape[1] - 1)), x.gather(1, (ends[:, 1:] - 1).clamp(min=0))
+    return torch.where(mass > 0, torch.minimum(torch.maximum(moment / mass, low), high), torch.nan)
 
 
 def _lloyd(x: Tensor, sums: Tensor, centroids: Tensor, steps: int) -> Tensor:
     centroids = centroids.clone()
     rows = torch.arange(len(x), device=x.device)
     for _ in range(steps):
-        mass, moment = _clusters(sums, _ends(x, centroids[rows]))
         before = centroids[rows]
-        after = torch.where(mass > 0, moment / mass, before)
+        after = _means(x, sums, _ends(x, before))
+        after = torch.where(after.isnan(), before, after)
         centroids[rows] = after
         active = (after != before).any(1)
         if int(active.sum()) < len(rows) // 2:

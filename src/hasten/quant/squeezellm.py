@@ -62,7 +62,7 @@ def naive_squeezellm(
         importance = torch.tensor([0.0 if (n, k) in held else float(f[n, k]) for k in range(w.shape[1])]).double()
         if importance.sum() == 0:
             importance = torch.tensor([0.0 if (n, k) in held else 1.0 for k in range(w.shape[1])]).double()
-        table = kmeans.exact(w[n], importance if importance.sum() > 0 else None, 2**bits)[0].float()
+        table = kmeans.exact(w[n], importance, 2**bits)[0].float()
         for k in range(w.shape[1]):
             codes[n, k] = int((table - weight[n, k].float()).abs().argmin())
             if (n, k) in held:
