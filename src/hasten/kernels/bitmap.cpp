@@ -21,7 +21,7 @@ namespace {
 
 constexpr int MOST = 8;  // rows of x for which numbers are spread once
 
-#ifndef __AVX512F__
+#if defined __AVX2__ && !defined __AVX512F__
 // For each byte the places of its bits, counted: where column j is set, the number that belongs there.
 struct Places {
     uint8_t at[256][8];
@@ -73,7 +73,9 @@ struct Reader {
             else numbers = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)at)));
             w[half] = (vfloat)_mm256_and_ps(_mm256_permutevar8x32_ps(numbers, order), _mm256_castsi256_ps(set));
 #else
-            for (int j = 0; j < 8; j++) w[half][j] = byte >> j & 1 ? one(PLACES.at[byte][j]) : 0.f;
+            w[half] = vfloat{};
+            int n = 0;
+            for (int left = byte; left; left &= left - 1) w[half][__builtin_ctz(left)] = one(n++);
 #endif
             at += SIZE * __builtin_popcount(byte);
         }
