@@ -153,7 +153,7 @@ def torch_product(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor) ->
     step = max(1, _AT_ONCE // max(1, len(flat)))
     for i in range(0, len(values), step):
         y.index_add_(1, rows[i : i + step], flat[:, wide[i : i + step]].float() * values[i : i + step].float())
-    return y.to(x.dtype).view(*x.shape[:-1], -1)
+    return y.to(x.dtype).view(*x.shape[:-1], len(starts) - 1)
 
 
 def _plain(x: Tensor) -> bool:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from hasten.core.errors import UsageError
 from hasten.kernels import native
 from hasten.kernels.lowbit_weights import LEVEL_GROUPS, check, compact, dequantize, statistics
 from hasten.math import packing
@@ -167,6 +168,8 @@ def linear(
     Raises:
         UsageError: shapes, dtypes or options that don't fit together.
     """
+    if x.shape[-1] != columns:
+        raise UsageError(f"x has {x.shape[-1]} columns, the weight {columns}")
     plain = type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
     if plain and not (x.requires_grad and torch.is_grad_enabled()):  # the dispatcher costs more than a small product
         return _compute(x, packed, scales, zeros, bias, bits, group, tables, levels, activations)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from hasten.core.errors import UsageError
 from hasten.kernels import native
 from hasten.math.shapes import Float
 
@@ -159,10 +160,26 @@ def native_ffn(
     return y if dtype is torch.float32 else y.to(dtype)
 
 
+def _check(x: Tensor, gate: Tensor, down_t: Tensor, up: Tensor | None, *biases: Tensor | None) -> None:
+    """Refuses what the kernel can't read safely.
+
+    Raises:
+        UsageError: shapes that do not go together.
+    """
+    (hidden, out), width = down_t.shape, x.shape[-1]
+    matrices = {"gate": (gate, (hidden, width)), "up": (up, (hidden, width))}
+    vectors = zip(("gate_bias", "up_bias", "down_bias"), biases, ((hidden,), (hidden,), (out,)), strict=True)
+    for name, part, shape in (*((n, *both) for n, both in matrices.items()), *vectors):
+        if part is not None and part.shape != shape:
+            raise UsageError(f"{name} must be {list(shape)} for inputs of {width} and down_t of {hidden} x {out}; "
+                             f"it is {list(part.shape)}")  # fmt: skip
+
+
 def _compute(
     x: Tensor, gate: Tensor, down_t: Tensor, up: Tensor | None, gate_bias: Tensor | None, up_bias: Tensor | None,
     down_bias: Tensor | None, threshold: float,
 ) -> Tensor:  # fmt: skip
+    _check(x, gate, down_t, up, gate_bias, up_bias, down_bias)
     way = path(math.prod(x.shape[:-1]), x.device, gate.dtype)
     matrices = [t for t in (gate, up, down_t) if t is not None]
     if way == "native" and not all(t.is_contiguous() and t.dtype is gate.dtype for t in matrices):

@@ -46,6 +46,16 @@ class _Sparse(nn.Module):
         """A plain linear layer with that weight in the dtype of the layer that was replaced."""
         return linear_of(self.dense_weight().to(self.dtype), self.bias).train(self.training)
 
+    def fits(self, input: Tensor) -> Tensor:
+        """The input; kernels trust its width.
+
+        Raises:
+            UsageError: it has another number of columns.
+        """
+        if input.shape[-1] != self.in_features:
+            raise UsageError(f"the input has {input.shape[-1]} columns, the layer {self.in_features}")
+        return input
+
     def bytes(self) -> int:
         """Memory of all buffers."""
         return sum(buffer.nbytes for buffer in self.buffers())
@@ -156,7 +166,7 @@ class BlockSparseLinear(_Sparse):
     def forward(self, input: Tensor) -> Tensor:
         held = self._buffers  # attribute access through nn.Module costs as much as a small product
         return block_sparse.linear(
-            input, held["values"], held["columns"], held["starts"], held["bias"],  # type: ignore[arg-type]
+            self.fits(input), held["values"], held["columns"], held["starts"], held["bias"],  # type: ignore[arg-type]
             held["scales"], held["sums"], rows=self.out_features,
         )  # fmt: skip
 
@@ -247,7 +257,9 @@ class BitmapLinear(_Sparse):
 
     def forward(self, input: Tensor) -> Tensor:
         held = self._buffers
-        return bitmap.linear(input, held["values"], held["bits"], held["starts"], held["bias"], held["scales"])  # type: ignore[arg-type]
+        return bitmap.linear(
+            self.fits(input), held["values"], held["bits"], held["starts"], held["bias"], held["scales"]  # type: ignore[arg-type]
+        )  # fmt: skip
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
