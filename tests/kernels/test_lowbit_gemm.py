@@ -134,3 +134,13 @@ def test_half_precision_and_shapes():
         exact = lowbit_gemm.gemm(x.float(), packed, scales, zeros, bias.float(), 4, 64, 32)
         assert found.dtype is dtype and found.shape == (3, 5, 20) and torch.equal(found, exact.to(dtype))
     assert lowbit_gemm.gemm(torch.ones(0, 96), packed, scales, zeros, None, 4, 64, 8).shape == (0, 20)
+
+
+@needs_compiler
+@pytest.mark.parametrize("activations", [8, 32])
+def test_expanded_statistics(activations):
+    """One zero for all may come as a view that repeats it."""
+    x, packed, scales = torch.randn(10, 300), packing.pack(torch.randint(0, 16, (20, 300)), 4), torch.rand(20, 5)
+    one = torch.full((1, 1), 3.0)
+    found = lowbit_gemm.gemm(x, packed, scales, one.expand(20, 5), None, 4, 64, activations)
+    assert torch.equal(found, lowbit_gemm.gemm(x, packed, scales, one, None, 4, 64, activations))

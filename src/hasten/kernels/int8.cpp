@@ -86,6 +86,15 @@ inline int32_t largest(const Call& c, int64_t token) {
     return *std::max_element(most, most + LANES);
 }
 
+// 64 codes of numbers that were divided.
+INLINE void round_run(const float* __restrict from, float by, bool clamp, uint8_t flip, int8_t* __restrict to) {
+    for (int i = 0; i < STEP; i++) {
+        float v = from[i] * by;
+        if (clamp) v = std::min(std::max(v, -127.f), 127.f);
+        to[i] = (int8_t)((uint8_t)(int32_t)std::rint(v) ^ flip);
+    }
+}
+
 // Rounds one token into `to` (tile after tile) and returns what its products are multiplied by. `flip`: x + 128, unsigned.
 float encode(const Call& c, int64_t token, int8_t* to, uint8_t flip) {
     float scale = 1.f, inverse = 1.f;
@@ -110,17 +119,17 @@ float encode(const Call& c, int64_t token, int8_t* to, uint8_t flip) {
         }
         float part[STEP];
         widen(c, token, column, n, part);
+        if (!c.given) {
+            round_run(part, inverse, false, flip, to);
+            continue;
+        }
         if (c.givens > 1)
             for (int i = 0; i < n; i++) part[i] *= c.given[column + i];
-        else
-            for (int i = 0; i < STEP; i++) part[i] *= inverse;
-        if (c.given) {
-            int32_t worst = 0;
-            for (int i = 0; i < STEP; i++) worst = std::max(worst, bits_of(part[i]) & 0x7fffffff);
-            if (worst > bits_of(std::numeric_limits<float>::infinity())) sound = false;  // NaN
-            for (int i = 0; i < STEP; i++) part[i] = std::min(std::max(part[i], -127.f), 127.f);
-        }
-        for (int i = 0; i < STEP; i++) to[i] = (int8_t)((uint8_t)(int32_t)std::rint(part[i]) ^ flip);
+        const float by = c.givens > 1 ? 1.f : inverse;
+        int32_t worst = 0;
+        for (int i = 0; i < STEP; i++) worst = std::max(worst, bits_of(part[i]) & 0x7fffffff);
+        if (worst > bits_of(std::numeric_limits<float>::infinity())) sound = false;  // NaN
+        round_run(part, by, true, flip, to);
     }
     return sound ? scale : std::numeric_limits<float>::quiet_NaN();
 }

@@ -1,5 +1,5 @@
-// A norm over the last dimension whose output is int8 codes (contract: hasten/kernels/int8_norm.py): scales were folded into its gain, so
-// rounding is all that is left to do. Built by hasten/kernels/native.py.
+// A norm over the last dimension whose output is int8 codes (contract: hasten/kernels/int8_norm.py): scales were folded into
+// its gain, so rounding is all that is left to do. Built by hasten/kernels/native.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -68,8 +68,8 @@ void run(const Call& c, int64_t token, float* wide, int32_t* whole) {
 
 }  // namespace
 
-extern "C" void hasten_int8_norm(const void* x, const float* gain, const float* shift, const int64_t* source, const int64_t* place,
-                                 int8_t* y, int64_t count, int64_t columns, int64_t extra, int64_t kind, int64_t centred,
+extern "C" void hasten_int8_norm(const void* x, const float* gain, const float* shift, const int64_t* source,
+                                 const int64_t* place, int8_t* y, int64_t count, int64_t columns, int64_t extra, int64_t kind, int64_t centred,
                                  int64_t most, float eps, int threads) {
     const Call c{x, gain, shift, source, place, y, count, columns, extra, kind, centred, most, eps};
     const int pieces = (int)std::max<int64_t>(1, std::min<int64_t>(threads, count * columns >> 14));

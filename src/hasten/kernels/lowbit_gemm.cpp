@@ -1,6 +1,6 @@
 // Products of many tokens with packed codes of BITS = 2, 3, 4, 6 or 8 bits (contract: hasten/kernels/lowbit_gemm.py). Codes are
 // unpacked 16 rows at a time, for all tokens at once, in the cache. Two products:
-//   floats    codes become fp32 weights, 256 columns at a time; x lies as [columns][16 tokens]: every number of W times 16 tokens.
+//   floats    codes become fp32 weights, 256 columns at a time; x lies as [columns][16 tokens]: each number of W times 16.
 //   integers  x is rounded to int8 in runs of 64 columns, [columns / 4][16 tokens][4]; codes times x in integers, with AMX one
 //             instruction for 16 rows, 16 tokens and 64 columns, with VNNI or AVX2 4 columns at a time; then scales.
 // Plain C interface over raw pointers; built by hasten/kernels/native.py with -DBITS=n.
@@ -55,6 +55,7 @@ INLINE int32_t bits_of(float v) {
 struct Thread {
     Buffer<uint8_t> codes;
     Buffer<float> weights, scales, zeros, sums;
+    Buffer<int64_t> groups;
 };
 thread_local Thread own;
 // x of all threads.
@@ -67,13 +68,14 @@ thread_local Shared given;
 // ---- floats ----
 
 // Codes of 64 columns of 16 rows become weights [16][COLUMNS].
-INLINE void dequantize(const Product& p, int64_t column, const uint8_t* codes, const float* scales, const float* zeros, float* to) {
+INLINE void dequantize(const Product& p, int64_t column, const uint8_t* codes, const float* scales, const float* zeros,
+                       float* to) {
     const int64_t part = std::min<int64_t>(p.group, STEP);
     for (int64_t start = 0; start < STEP; start += part) {
         const int64_t g = std::min(p.groups - 1, (column + start) / p.group);
         for (int r = 0; r < LANES; r++) {
-            const uint8_t* from = codes + r * STEP + start;
-            float* out = to + r * COLUMNS + start;
+            const uint8_t* __restrict from = codes + r * STEP + start;
+            float* __restrict out = to + r * COLUMNS + start;
             const float scale = scales[g * LANES + r], zero = zeros[g * LANES + r];
             if (p.tables) {
                 const float* table = p.tables + (int64_t)zero * (1 << BITS);
@@ -124,8 +126,8 @@ void floats(const Product& p, int64_t row, int64_t first, int64_t panels, const 
 #ifdef __AVX512F__
         for (; t + 2 <= panels; t += 2)
             for (int r = 0; r < LANES; r += 8)
-                multiply<8, 2>(weights + r * COLUMNS, x + t * apart + start * LANES, apart, n, sums + t * LANES * LANES + r * LANES,
-                               LANES * LANES);
+                multiply<8, 2>(weights + r * COLUMNS, x + t * apart + start * LANES, apart, n,
+                               sums + t * LANES * LANES + r * LANES, LANES * LANES);
         constexpr int R = 16;
 #else
         constexpr int R = 4;
@@ -179,7 +181,8 @@ void run(const Product& p, int64_t most, Prepare prepare, Work work) {
 
 #ifdef INTEGERS
 void integers(const Product& p) {
-    const int64_t steps = width(p) / STEP, parts = STEP / std::min<int64_t>(p.group, STEP), panel = steps * (TILE + 4 * LANES * (1 + parts));
+    const int64_t steps = width(p) / STEP, parts = STEP / std::min<int64_t>(p.group, STEP);
+    const int64_t panel = steps * (TILE + 4 * LANES * (1 + parts));
     const int64_t most = held(p, panel);
     int8_t* codes = given.bytes.fit(most * steps * TILE);
     float* floats = given.floats.fit(most * steps * LANES * (1 + parts));

@@ -68,10 +68,9 @@ def gemm(
         return None
     if levels is not None:
         scales, zeros = statistics(scales, zeros, levels)
-        scales, zeros = scales.contiguous(), zeros.contiguous()
     (*outer, columns), rows, dtype = x.shape, packed.shape[0], x.dtype
-    x = x.float().contiguous()
-    bias = None if bias is None else bias.float()
+    x, packed, scales, zeros = x.float().contiguous(), packed.contiguous(), scales.contiguous(), zeros.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     y = torch.empty((*outer, rows))
     where = (None if part is None else part.data_ptr() for part in (packed, scales, zeros, bias, tables, x, y))
     product = _Product(*where, rows, columns,

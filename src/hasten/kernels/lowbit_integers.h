@@ -4,8 +4,8 @@
 
 namespace {
 
-// A panel of x: codes [steps][16 columns / 4][16 tokens][4], the scales of its runs [steps][16], and scale times the sum of the codes of
-// each part [steps][parts][16].
+// A panel of x: codes [steps][16 columns / 4][16 tokens][4], the scales of its runs [steps][16], and scale times the sum of
+// the codes of each part [steps][parts][16].
 struct Rounded {
     int8_t* codes;
     float *scales, *sums;
@@ -64,11 +64,30 @@ struct alignas(64) Config {
     uint16_t bytes[16] = {};
     uint8_t rows[16] = {};
     explicit Config(int part) {
-        bytes[0] = bytes[1] = STEP, rows[0] = rows[1] = LANES;          // sums [16 rows][16 tokens]
-        bytes[4] = (uint16_t)part, rows[4] = LANES;                       // W
-        bytes[5] = STEP, rows[5] = (uint8_t)(part / 4);                   // x
+        for (int set = 0; set < 2; set++) {
+            bytes[set] = STEP, rows[set] = LANES;                                // sums [16 rows][16 tokens]
+            bytes[4 + set] = (uint16_t)part, rows[4 + set] = LANES;              // W
+            bytes[6 + set] = STEP, rows[6 + set] = (uint8_t)(part / 4);          // x
+        }
     }
 };
+
+// The products of 16 rows with 16 tokens over one part, with one of two sets of tiles (whose numbers must be literals).
+INLINE void tiles(bool second, const uint8_t* codes, const int8_t* x, int32_t* out) {
+    if (!second) {
+        _tile_zero(0);
+        _tile_loadd(4, codes, STEP);
+        _tile_loadd(6, x, STEP);
+        _tile_dpbusd(0, 4, 6);
+        _tile_stored(0, out, STEP);
+    } else {
+        _tile_zero(1);
+        _tile_loadd(5, codes, STEP);
+        _tile_loadd(7, x, STEP);
+        _tile_dpbusd(1, 5, 7);
+        _tile_stored(1, out, STEP);
+    }
+}
 #endif
 
 // The products of R rows with 16 tokens over `n` columns.
@@ -108,42 +127,46 @@ void integer_slab(const Product& p, int64_t row, int64_t first, int64_t panels, 
     const Config config(part);
     _tile_loadconfig(&config);
 #endif
+    const int64_t all = x.steps * x.parts;
+    const int shift = x.parts == 4 ? 2 : (int)x.parts - 1;
+    int64_t* groups = own.groups.fit(all);
+    for (int64_t at = 0; at < all; at++) groups[at] = std::min(p.groups - 1, at * part / p.group) * LANES;
     for (int64_t t = 0; t < panels; t++) {
         vfloat sums[LANES][PARTS] = {};
-        for (int64_t step = 0; step < x.steps; step++) {
-            const float* x_scale = x.scale(t, step);
-            for (int64_t i = 0; i < x.parts; i++) {
-                const int64_t g = std::min(p.groups - 1, (step * STEP + i * part) / p.group) * LANES;
-                const float* x_sum = x.sum(t, step) + i * LANES;
-                const uint8_t* from = codes + step * TILE + i * part;
-                const int8_t* xs = x.tile(t, step) + i * part * LANES;
+        const auto codes_of = [&](int64_t at) { return codes + (at >> shift) * TILE + (at & (x.parts - 1)) * part; };
+        const auto x_of = [&](int64_t at) { return x.tile(t, at >> shift) + (at & (x.parts - 1)) * part * LANES; };
 #ifdef __AMX_INT8__
-                alignas(64) int32_t out[LANES * LANES];
-                _tile_zero(0);
-                _tile_loadd(4, from, STEP);
-                _tile_loadd(5, xs, STEP);
-                _tile_dpbusd(0, 4, 5);
-                _tile_stored(0, out, STEP);
-#pragma GCC unroll 16
-                for (int r = 0; r < LANES; r++) {
-                    const vint one = load<vint>(out + r * LANES);
-                    add(sums[r], &one, x_scale, x_sum, scales[g + r], offsets[g + r]);
-                }
-#else
-                constexpr int R = WIDTH == 16 ? 8 : 4;
-#pragma GCC unroll 4
-                for (int some = 0; some < LANES; some += R) {
-                    vint out[R][PARTS];
-                    products<R>(from + some * STEP, xs, part, out);
-                    for (int r = 0; r < R; r++)
-                        add(sums[some + r], out[r], x_scale, x_sum, scales[g + some + r], offsets[g + some + r]);
-                }
+        // Tiles take long and work beside the vectors: they are two parts ahead.
+        alignas(64) int32_t out[4][LANES * LANES];
+        const auto ahead = [&](int64_t at) {
+            if (at < all) tiles(at % 2, codes_of(at), x_of(at), out[at % 4]);
+        };
+        ahead(0), ahead(1);
 #endif
+        for (int64_t at = 0; at < all; at++) {
+            const int64_t step = at >> shift, g = groups[at];
+            const float *x_scale = x.scale(t, step), *x_sum = x.sum(t, step) + (at & (x.parts - 1)) * LANES;
+#ifdef __AMX_INT8__
+            ahead(at + 2);
+#pragma GCC unroll 16
+            for (int r = 0; r < LANES; r++) {
+                const vint one = load<vint>(out[at % 4] + r * LANES);
+                add(sums[r], &one, x_scale, x_sum, scales[g + r], offsets[g + r]);
             }
+#else
+            constexpr int R = WIDTH == 16 ? 8 : 4;
+#pragma GCC unroll 4
+            for (int some = 0; some < LANES; some += R) {
+                vint out[R][PARTS];
+                products<R>(codes_of(at) + some * STEP, x_of(at), part, out);
+                for (int r = 0; r < R; r++)
+                    add(sums[some + r], out[r], x_scale, x_sum, scales[g + some + r], offsets[g + some + r]);
+            }
+#endif
         }
-        alignas(64) float out[LANES * LANES];
-        memcpy(out, sums, sizeof out);
-        put(p, first + t * LANES, row, out);
+        alignas(64) float turned[LANES * LANES];
+        memcpy(turned, sums, sizeof turned);
+        put(p, first + t * LANES, row, turned);
     }
 #ifdef __AMX_INT8__
     _tile_release();

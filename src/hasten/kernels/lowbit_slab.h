@@ -1,5 +1,5 @@
-// What the products of many tokens share (lowbit_gemm.cpp): packed codes as bytes, 16 rows at a time (layout: hasten/math/packing.py),
-// the statistics of these rows, and where things lie.
+// What the products of many tokens share (lowbit_gemm.cpp): packed codes as bytes, 16 rows at a time (layout:
+// hasten/math/packing.py), the statistics of these rows, and where things lie.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -48,7 +48,7 @@ INLINE float number(const void* from, int64_t kind, int64_t at) {
 }
 
 // The codes of a whole unit: 64 columns at `to`, the next 64 `apart` bytes on.
-INLINE void unpack_unit(const uint8_t* at, uint8_t* to, int64_t apart) {
+INLINE void unpack_unit(const uint8_t* __restrict at, uint8_t* __restrict to, int64_t apart) {
     for (int block = 0; block < UNIT / STEP; block++, to += apart) {
         constexpr int MASK = (1 << FIRST) - 1;
         if (BITS == 8) {
@@ -61,6 +61,17 @@ INLINE void unpack_unit(const uint8_t* at, uint8_t* to, int64_t apart) {
             uint64_t high;
             memcpy(&high, at + 64 + 8 * block, 8);
             _mm512_storeu_si512(to, _mm512_or_si512(_mm512_loadu_si512(to), _mm512_maskz_set1_epi8(high, 4)));
+#elif defined(__AVX2__)
+            const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201ull);
+            const __m256i spread = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+            for (int half = 0; half < 2; half++) {
+                int32_t word;
+                memcpy(&word, at + 64 + 8 * block + 4 * half, 4);
+                const __m256i some = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(word), spread), bit);
+                const __m256i high = _mm256_and_si256(_mm256_cmpeq_epi8(some, bit), _mm256_set1_epi8(4));
+                __m256i* out = (__m256i*)(to + 32 * half);
+                _mm256_storeu_si256(out, _mm256_or_si256(_mm256_loadu_si256(out), high));
+            }
 #else
             for (int i = 0; i < STEP; i++) to[i] |= (at[64 + 8 * block + i / 8] >> i % 8 & 1) << 2;
 #endif
@@ -121,9 +132,26 @@ inline void statistics(const Product& p, int64_t row, float* scales, float* zero
 // Sums [16 rows][16 tokens] go to y [tokens, rows] with the bias.
 inline void put(const Product& p, int64_t token, int64_t row, const float* sums) {
     const int64_t tokens = std::min<int64_t>(LANES, p.count - token), rows = std::min<int64_t>(LANES, p.rows - row);
-    for (int64_t m = 0; m < tokens; m++)
-        for (int64_t r = 0; r < rows; r++)
-            p.y[(token + m) * p.rows + row + r] = sums[r * LANES + m] + (p.bias ? p.bias[row + r] : 0.f);
+    alignas(64) float turned[LANES * LANES], bias[LANES] = {};
+    if (p.bias) memcpy(bias, p.bias + row, 4 * rows);
+    typedef float four __attribute__((vector_size(16)));
+    typedef int32_t order __attribute__((vector_size(16)));
+    for (int m = 0; m < LANES; m += 4)
+        for (int r = 0; r < LANES; r += 4) {
+            four v[4], to;
+            for (int i = 0; i < 4; i++) memcpy(v + i, sums + (r + i) * LANES + m, 16);
+            const four a = __builtin_shuffle(v[0], v[1], order{0, 4, 1, 5}), b = __builtin_shuffle(v[2], v[3], order{0, 4, 1, 5});
+            const four c = __builtin_shuffle(v[0], v[1], order{2, 6, 3, 7}), d = __builtin_shuffle(v[2], v[3], order{2, 6, 3, 7});
+            memcpy(&to, bias + r, 16);
+            v[0] = __builtin_shuffle(a, b, order{0, 1, 4, 5}) + to, v[1] = __builtin_shuffle(a, b, order{2, 3, 6, 7}) + to;
+            v[2] = __builtin_shuffle(c, d, order{0, 1, 4, 5}) + to, v[3] = __builtin_shuffle(c, d, order{2, 3, 6, 7}) + to;
+            for (int i = 0; i < 4; i++) memcpy(turned + (m + i) * LANES + r, v + i, 16);
+        }
+    for (int64_t m = 0; m < tokens; m++) {
+        float* y = p.y + (token + m) * p.rows + row;
+        if (rows == LANES) memcpy(y, turned + m * LANES, 4 * LANES);
+        else memcpy(y, turned + m * LANES, 4 * rows);
+    }
 }
 
 template <class T>
