@@ -44,7 +44,7 @@ CARD = Card(
     hosts=("decoder", "vit", "denoiser", "module"),
     experiment=("stdlib-lm(task=generate)", "quant/spqr(bits=3)"),
     when="Three bits with as little loss as possible, where some weights are far larger than others, or matter more.",
-    when_not="Speed first: groups of 16 and the held weights cost time and bytes; quant/gptq at 4 bits is as large.",
+    when_not="Speed first: groups of 16 and the held weights cost time and bytes; quant/gptq at 4 bits is smaller.",
 )
 Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
