@@ -91,7 +91,7 @@ INLINE void round_run(const float* __restrict from, float by, bool clamp, uint8_
     for (int i = 0; i < STEP; i++) {
         float v = from[i] * by;
         if (clamp) v = std::min(std::max(v, -127.f), 127.f);
-        to[i] = (int8_t)((uint8_t)(int32_t)std::rint(v) ^ flip);
+        to[i] = (int8_t)((uint8_t)(int32_t)std::rint(v == v ? v : 0.f) ^ flip);  // NaN has no whole number
     }
 }
 
