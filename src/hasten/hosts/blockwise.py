@@ -146,16 +146,19 @@ def feeding(calls: list[BlockCall], weights: dict[str, Weight]) -> list[tuple[li
 
 
 @contextlib.contextmanager
-def attention_maps(host: Host, index: int) -> Iterator[list[Tensor]]:
+def attention_maps(host: Host, index: int, queries: int | None = None) -> Iterator[list[Tensor]]:
     """Within it, each attention of one layer adds its log probabilities [B, H, Nq, Nk] to the list that is given.
 
     The list stays empty where the model's attention does not go through transformers' interface.
+
+    Args:
+        queries: at most how many of the queries, evenly spaced; all where None.
     """
     maps: list[Tensor] = []
 
     def run(call: Call) -> Tensor:
         if call.further.get("position_bias") is None:
-            maps.append(_log_probabilities(call))
+            maps.append(_log_probabilities(call, queries))
         return call.dense()
 
     mark = len(host.changes)
@@ -168,16 +171,18 @@ def attention_maps(host: Host, index: int) -> Iterator[list[Tensor]]:
         host.changes.undo(mark)
 
 
-def _log_probabilities(call: Call) -> Tensor:
+def _log_probabilities(call: Call, queries: int | None) -> Tensor:
+    count = call.query.shape[2]
+    some = slice(None, None, max(1, -(-count // (queries or count))))
     key = call.key.repeat_interleave(call.query.shape[1] // call.key.shape[1], dim=1).float()
-    scores = call.query.float() @ key.mT * call.scaling
+    scores = call.query[:, :, some].float() @ key.mT * call.scaling
     least = torch.finfo(scores.dtype).min / 2
     if call.mask is not None:
-        mask = call.mask[..., : key.shape[2]]
+        mask = call.mask[..., some, : key.shape[2]] if call.mask.shape[2] == count else call.mask[..., : key.shape[2]]
         scores = (
             scores.masked_fill(~mask, least) if mask.dtype == torch.bool else scores + mask.float().clamp(min=least)
         )
-    elif call.causal and scores.shape[2] > 1:
-        later = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).triu(1 + call.past)
-        scores = scores.masked_fill(later, least)
+    elif call.causal and count > 1:
+        later = torch.ones(count, key.shape[2], dtype=torch.bool, device=scores.device).triu(1 + call.past)
+        scores = scores.masked_fill(later[some], least)
     return scores.log_softmax(-1)

@@ -28,7 +28,7 @@ from hasten.core.errors import UsageError
 from hasten.core.options import Method, option
 from hasten.hosts import Context, Host
 from hasten.hosts.blockwise import BlockCall, attention_maps, entering, feeding, running
-from hasten.hosts.streaming import evaluating
+from hasten.hosts.streaming import GATHERED_BYTES, evaluating
 from hasten.hosts.weights import Weight, is_held
 from hasten.kernels.lowbit import round_activations
 from hasten.math.shapes import Float
@@ -54,6 +54,8 @@ CARD = Card(
 
 CLIP, LEAST = 4.0, 1e-5  # sigmoid(CLIP) is where clipping starts; the least scale
 ALPHA, FIRST, LAST = 0.5, 3, 4  # of the code: first and last blocks whose down projections are compensated
+QUERIES = 64  # whose attention maps are compared, of each sequence
+JUDGED = 3  # batches on which what was learned is compared with rounding
 
 
 def levels(bits: int, balanced: bool = True) -> int:
@@ -137,9 +139,9 @@ class _Group:
             self.clips[path] = torch.full_like(clip, 20.0)  # a sigmoid of 1
 
     def weight(self, path: str) -> Tensor:
-        """W + a b^T."""
-        pair = self.pairs.get(path)
-        return self.matrices[path] if pair is None else self.matrices[path] + pair[0] @ pair[1]
+        """W + a b^T, with a b^T in units of W's root mean square."""
+        matrix, pair = self.matrices[path], self.pairs.get(path)
+        return matrix if pair is None else matrix + matrix.square().mean().sqrt() * (pair[0] @ pair[1])
 
     def forward(self, path: str, x: Tensor) -> Tensor:
         """The layer's output with what is learned so far; gradients go straight through all rounding."""
@@ -172,9 +174,9 @@ class ABQ(Method):
     of other widths, and quantized keys and values are left out. Balance is learned as a logarithm, so that it stays
     positive, and starts from SmoothQuant's rule (alpha = 0.5), as in the code; queries and keys need none, as their
     rows have scales of their own. Where a norm feeds the layers, its weight takes 1 / s; other layers divide their
-    inputs. Biases of norms take it too; learned shifts are left out. KL is a mean over queries of log
-    probabilities; the code takes the softmax of maps that are softmaxes already. Two passes over the calibration
-    data are the default (the code: 20, and 40 at 2 bits), and a block keeps what was learned only where its loss is
+    inputs. Biases of norms take it too; learned shifts are left out. KL is a mean over at most 64 queries of each
+    sequence; the code takes the softmax of maps that are softmaxes already. Two passes over the calibration data
+    are the default (the code: 20, and 40 at 2 bits), and a block keeps what was learned only where its loss is
     below that of plain rounding with the same codes.
     """
 
@@ -182,8 +184,8 @@ class ABQ(Method):
     group: int = option(128, "columns that share a scale, a power of two from 16 up; 0: the whole row", least=0)
     bit_balance: bool = option(True, "at 2 bits, five levels around zero rather than four; they are stored in 3 bits")
     epochs: int = option(2, "passes over the calibration data in which each block learns", least=0)
-    rate: float = option(5e-3, "learning rate of the balance", above=0)
-    clip_rate: float = option(1e-2, "learning rate of the clipping and of the compensation", above=0)
+    rate: float = option(5e-3, "learning rate of the balance and of the compensation", above=0)
+    clip_rate: float = option(0.3, "learning rate of the clipping (the paper's code: 0.01, for 20 epochs)", above=0)
     compensate: bool = option(True, "correct the down projections of the first 3 and the last 4 blocks")
     activations: int = option(8, "8: products round their inputs to 8 bits, 64 at a time; 32: not", choices=(8, 32))
     ignore: tuple[str, ...] = option((), "paths of layers that stay as they are; * stands for anything")
@@ -275,28 +277,37 @@ class ABQ(Method):
         with torch.no_grad():
             own = [call.rows(call.run()) for call in given]
 
-        def loss(number: int, maps: list[Tensor]) -> Tensor:
+        kept: dict[int, list[Tensor]] = {}  # of the block as it was, as long as they fit
+
+        def wanted(number: int, maps: list[Tensor]) -> list[Tensor]:
+            if number in kept:
+                return kept[number]
             maps.clear()
             with torch.no_grad():
                 calls[number].run()
-            whole = [one.detach() for one in maps]
+            found = list(maps)
+            if sum(one.nbytes for one in found) * len(calls) <= GATHERED_BYTES:
+                kept[number] = found
+            return found
+
+        def loss(number: int, maps: list[Tensor]) -> Tensor:
+            whole = wanted(number, maps)
             maps.clear()
             with running(weights, forward):
                 found = given[number].rows(given[number].run())
             total = found.new_zeros(())
             for target in (given[number].rows(exact[number]), own[number]):
                 total = total + F.mse_loss(found, target) - F.cosine_similarity(found, target).mean().abs().log()
-            for one, other in zip(maps, whole, strict=True):
-                for a, b in ((one, other), (other, one)):
-                    total = total + F.kl_div(b, a, reduction="none", log_target=True).sum(-1).mean()
+            for one, other in zip(maps, whole, strict=True):  # both divergences at once
+                total = total + ((one.exp() - other.exp()) * (one - other)).sum(-1).mean()
             facts["attention_loss"] |= bool(whole)
             return total
 
-        with attention_maps(host, index) as maps:
+        with attention_maps(host, index, QUERIES) as maps:
 
             def measured() -> float:
                 with torch.no_grad():
-                    value = sum(float(loss(number, maps)) for number in range(len(given)))
+                    value = sum(float(loss(number, maps)) for number in range(len(given))[:JUDGED])
                 if value != value or abs(value) == float("inf"):
                     raise UsageError(f"the loss of {host.layers[index].path} is not finite: check the calibration data")
                 return value
@@ -306,12 +317,10 @@ class ABQ(Method):
             plain = measured()
             for one in groups:
                 one.reset(one.start)
-            balances = [one.balance for one in groups]
-            others = [part for one in groups for part in (*one.clips.values(), *sum(one.pairs.values(), ()))]
-            optimizer = torch.optim.AdamW(
-                [{"params": balances, "lr": self.rate}, {"params": others, "lr": self.clip_rate}], weight_decay=0
-            )
-            parameters = [*balances, *others]
+            slow = [part for one in groups for part in (one.balance, *sum(one.pairs.values(), ()))]
+            clips = [part for one in groups for part in one.clips.values()]
+            rates = [{"params": slow, "lr": self.rate}, {"params": clips, "lr": self.clip_rate}]
+            optimizer, parameters = torch.optim.AdamW(rates, weight_decay=0), [*slow, *clips]
             for number in [*range(len(given))] * self.epochs:
                 with torch.enable_grad():
                     found = torch.autograd.grad(loss(number, maps), parameters, allow_unused=True)
