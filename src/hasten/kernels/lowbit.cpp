@@ -144,8 +144,11 @@ INLINE void tile(const Weight& w, Inputs& in, const Numbers& numbers, int64_t ro
     int64_t u = 0;
     for (; u < units; u++, at += UNIT_BYTES) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++)  // the next tile: rows are too short for the hardware to see a stream in each
-            for (int line = 0; line < UNIT_BYTES; line += 64) __builtin_prefetch(at + (R + r) * row_bytes + line, 0, 2);
+        for (int r = 0; r < R; r++)  // rows are too short for the hardware to see a stream in each
+            for (int line = 0; line < UNIT_BYTES; line += 64) {
+                __builtin_prefetch(at + (2 * R + r) * row_bytes + line, 0, 2);  // the tile after the next, to the second level
+                __builtin_prefetch(at + (R + r) * row_bytes + line, 0, 3);
+            }
         SPANS(0, false)
         if (BLOCKS > 1) { SPANS(1 % BLOCKS, false) }
         if (BLOCKS > 2) { SPANS(2 % BLOCKS, false) SPANS(3 % BLOCKS, false) }
@@ -175,11 +178,12 @@ __attribute__((noinline)) void strip(const Weight& w, Inputs& in, int64_t first,
 
 template <Mode MODE, bool FINE>
 void work(const Weight& w, int64_t first, int64_t last, const float* x, float* y, int64_t count) {
-    Inputs in(w, ROWS, count < COUNT ? 1 : COUNT, MODE == SMALL);
+    constexpr int MOST = MODE == TABLES ? 1 : COUNT;
+    Inputs in(w, ROWS, count < MOST ? 1 : MOST, MODE == SMALL);
     for (int64_t m = 0; m < count;) {
-        const int take = count - m >= COUNT ? COUNT : 1;
+        const int take = count - m >= MOST ? MOST : 1;
         for (int i = 0; i < take; i++) in.fill(w, x + (m + i) * w.width, i, MODE == SMALL);
-        if (take == COUNT) strip<COUNT, MODE, FINE>(w, in, first, last, y + m * w.rows);
+        if (take > 1) strip<MOST, MODE, FINE>(w, in, first, last, y + m * w.rows);
         else strip<1, MODE, FINE>(w, in, first, last, y + m * w.rows);
         m += take;
     }
