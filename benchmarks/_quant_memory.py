@@ -1,4 +1,4 @@
-"""Peak memory of calibrating and quantizing, over that of the model and its largest block. Joined to the family quant."""
+"""Peak memory of calibrating, over that of the model and its largest block. Joined to the family quant."""
 
 import pathlib
 import sys

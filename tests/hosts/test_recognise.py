@@ -57,7 +57,7 @@ def test_what_is_not_recognised_says_how_to_describe_it():
     with pytest.raises(UsageError, match="encoder-decoder.*hasten.hosts.describe"):
         recognise(T5ForConditionalGeneration(T5Config(**shape)))
     with pytest.raises(UsageError, match="no linear layers.*hasten.hosts.describe"):
-        recognise(nn.Conv2d(1, 1, 1))
+        recognise(nn.PReLU())
     with pytest.raises(UsageError, match="not recognised as a vit, but as a decoder"):
         recognise(llama(), "vit")
     with pytest.raises(UsageError, match="pipeline.unet"):
