@@ -108,6 +108,25 @@ def test_threads_agree_bit_for_bit():
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+@needs_compiler
+@pytest.mark.parametrize("r", [4, 16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_wide_weights_and_many_tokens(threads, r):
+    """A panel of tokens is cut into slabs, and either panels or weights are shared out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for bits in (32, 8):
+            packed = block_sparse.pack(weight(70, 3001, r, 0.2), r, bits=bits)
+            for count in (60, 700):
+                x = inputs(count, 3001)
+                assert close(call(block_sparse.native_linear, x, packed, None, 70), wanted(x, packed, None, 70))
+                found = call(block_sparse.native_linear, x, packed, None, 70, vnni=False)
+                assert close(found, wanted(x, packed, None, 70))
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
 def test_half_precision_keeps_its_dtype(dtype, tolerance):
     values, columns, starts, _, _ = packed = block_sparse.pack(weight(40, 96, 8, 0.4), 8)

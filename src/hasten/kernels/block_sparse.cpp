@@ -26,6 +26,7 @@ namespace {
 constexpr int64_t TALLEST = 64;  // rows of a band at most, and of a tile
 constexpr int64_t FEW = 8;       // tokens up to which rows are vectorised
 constexpr int64_t SLAB = 256 << 10, MOST_ROWS = 1024;  // bytes of a panel that stay in the cache; rows of W in a chunk
+constexpr int64_t AHEAD = 8, FITS = 4 << 20;  // columns fetched ahead; bytes of weights that a shared cache holds
 constexpr int64_t KEPT = 8 << 20;  // numbers of scratch memory that outlive a larger call
 
 // Bytes of weights that stay in a core's own cache while all panels of tokens go by.
@@ -139,6 +140,9 @@ int64_t pass(const Product& p, int64_t band, int64_t i, int64_t limit, const flo
     const int8_t* const codes = (const int8_t*)p.values + sub * 4;
     for (const int64_t end = p.starts[band + 1]; i < end && p.columns[i] < limit; i++) {
         const float* x = panel + (int64_t)p.columns[i] * STRIDE;
+        const float* soon = panel + (int64_t)p.columns[std::min(i + AHEAD, end - 1)] * STRIDE;
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) __builtin_prefetch(soon + t * WIDTH);
         vfloat xs[T];
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++) xs[t] = load(x + t * WIDTH);
@@ -170,47 +174,70 @@ void many(const Product& p, const float* x, const float* scale) {
     static_assert(T <= 6, "the table of passes");
     const Panels panels(p.count, WIDTH, T);
     const Tiles tiles(p);
+    // Columns from k to before `last` of a panel's tokens.
+    auto turn = [&](int64_t panel, int64_t k, int64_t last, float* to) {
+        const int64_t first = panels.first(panel), vectors = panels.vectors(panel);
+        for (; k < last; k += PANEL)
+            for (int64_t v = 0; v < vectors; v++) {
+                const float* from[PANEL];
+                float square[PANEL * PANEL];
+                for (int64_t i = 0; i < PANEL; i++)
+                    from[i] = x + std::min((first + v) * WIDTH + std::min<int64_t>(i, WIDTH - 1), p.count - 1) * p.width + k;
+                const int64_t have = std::min<int64_t>(PANEL, last - k);
+                columns(from, have, square);
+                for (int64_t i = 0; i < have; i++) store(to + ((k + i) * vectors + v) * WIDTH, load(square + i * PANEL));
+            }
+    };
+    // The tiles from `t` to before `end` for a panel.
+    auto multiply = [&](int64_t t, int64_t end, int64_t panel, const float* from, std::vector<int64_t>& place,
+                        std::vector<float>& sums) {
+        const int64_t first = panels.first(panel), vectors = panels.vectors(panel), stride = vectors * WIDTH;
+        const int64_t begin = t * tiles.bands, last = std::min(p.bands, end * tiles.bands), slab = SLAB / stride / 4;
+        place.assign(p.starts + begin, p.starts + last), sums.resize((last - begin) * p.r * stride);
+        for (int64_t limit = slab;; limit += slab) {
+            for (int64_t band = begin; band < last; band++) {
+                float* const tile = sums.data() + (band - begin) * p.r * stride;
+                int64_t next = 0;
+                for (int64_t sub = 0; sub < p.r; sub += R)
+                    next = PASSES[vectors - 1](p, band, place[band - begin], limit < p.width ? limit : INT64_MAX, from, sub, tile);
+                place[band - begin] = next;
+                const int64_t of = (band - begin) % tiles.bands + 1;
+                if (limit >= p.width && (of == tiles.bands || band + 1 == last))
+                    put(p, tile - (of - 1) * p.r * stride, stride, (band + 1 - of) * p.r, of * p.r, first * WIDTH, scale);
+            }
+            if (limit >= p.width) break;
+        }
+    };
+    const int64_t bytes = CODED ? 1 : 4, parts = (p.width + 255) / 256;
+    if (panels.number >= 4 * p.threads && p.starts[p.bands] * p.r * bytes <= FITS) {
+        // Many tokens for few weights: each thread turns a panel of its own and reads all weights.
+#pragma omp parallel num_threads(p.threads)
+        {
+            std::vector<int64_t> place;
+            std::vector<float> sums;
+            float* const own = scratch(T * WIDTH * p.width);
+            const int64_t step = std::max<int64_t>(1, MOST_ROWS / (tiles.bands * p.r));
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t panel = 0; panel < panels.number; panel++) {
+                turn(panel, 0, p.width, own);
+                for (int64_t t = 0; t < tiles.number; t += step)
+                    multiply(t, std::min(tiles.number, t + step), panel, own, place, sums);
+            }
+        }
+        return;
+    }
     float* const turned = scratch(panels.units * WIDTH * p.width);
-    const int64_t parts = (p.width + 255) / 256;
 #pragma omp parallel num_threads(p.threads)
     {
 #pragma omp for schedule(static)
         for (int64_t job = 0; job < panels.number * parts; job++) {
-            const int64_t panel = job / parts, first = panels.first(panel), vectors = panels.vectors(panel);
-            float* const to = turned + first * WIDTH * p.width;
-            const int64_t last = std::min(p.width, (job % parts + 1) * 256);
-            for (int64_t v = 0; v < vectors; v++)
-                for (int64_t k = job % parts * 256; k < last; k += PANEL) {
-                    const float* from[PANEL];
-                    float square[PANEL * PANEL];
-                    for (int64_t i = 0; i < PANEL; i++)
-                        from[i] = x + std::min((first + v) * WIDTH + std::min<int64_t>(i, WIDTH - 1), p.count - 1) * p.width + k;
-                    const int64_t have = std::min<int64_t>(PANEL, last - k);
-                    columns(from, have, square);
-                    for (int64_t i = 0; i < have; i++)
-                        store(to + ((k + i) * vectors + v) * WIDTH, load(square + i * PANEL));
-                }
+            const int64_t panel = job / parts, k = job % parts * 256;
+            turn(panel, k, std::min(p.width, k + 256), turned + panels.first(panel) * WIDTH * p.width);
         }
         std::vector<int64_t> place;
         std::vector<float> sums;
-        chunks(p, panels.number, CODED ? 1 : 4, [&](int64_t t, int64_t end, int64_t panel) {
-            const int64_t first = panels.first(panel), vectors = panels.vectors(panel), stride = vectors * WIDTH;
-            const int64_t begin = t * tiles.bands, last = std::min(p.bands, end * tiles.bands), slab = SLAB / stride / 4;
-            place.assign(p.starts + begin, p.starts + last), sums.resize((last - begin) * p.r * stride);
-            for (int64_t limit = slab;; limit += slab) {
-                for (int64_t band = begin; band < last; band++) {
-                    float* const tile = sums.data() + (band - begin) * p.r * stride;
-                    int64_t next = 0;
-                    for (int64_t sub = 0; sub < p.r; sub += R)
-                        next = PASSES[vectors - 1](p, band, place[band - begin], limit < p.width ? limit : INT64_MAX,
-                                                   turned + first * WIDTH * p.width, sub, tile);
-                    place[band - begin] = next;
-                    const int64_t of = (band - begin) % tiles.bands + 1;
-                    if (limit >= p.width && (of == tiles.bands || band + 1 == last))
-                        put(p, tile - (of - 1) * p.r * stride, stride, (band + 1 - of) * p.r, of * p.r, first * WIDTH, scale);
-                }
-                if (limit >= p.width) break;
-            }
+        chunks(p, panels.number, bytes, [&](int64_t t, int64_t end, int64_t panel) {
+            multiply(t, end, panel, turned + panels.first(panel) * WIDTH * p.width, place, sums);
         });
     }
 }
