@@ -193,6 +193,12 @@ def test_saved_plans_that_lie_are_refused(tmp_path):
     refused(lambda layers: layers[first]["shape"].update(dtype="int64"), "no dtype")
     refused(lambda layers: layers[first].update(layer="os:system"), "of the kind")
     refused(lambda layers: layers.update({"model.nothing": layers[first]}), "lacks")
+    for key, value in (("module", "os"), ("library", "builtins"), ("arguments", {"act_layer": "os:abort"})):
+        lying = json.loads(json.dumps(record))
+        lying["model"][key] = value
+        (folder / "hasten.json").write_text(json.dumps(lying))
+        with pytest.raises(UsageError, match="only classes of"):
+            hasten.load_pretrained(folder)
 
 
 def test_batches_with_padding_agree_after_export(tmp_path):

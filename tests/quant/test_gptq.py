@@ -258,7 +258,8 @@ def test_unsound_and_empty_inputs():
 
 def test_save_load_and_dense(tmp_path):
     model = common.build()
-    handle = hasten.apply(model, "quant/gptq(act_order=true, group=32, activations=32)", calibration=common.calibration())
+    plan = "quant/gptq(act_order=true, group=32, activations=32)"
+    handle = hasten.apply(model, plan, calibration=common.calibration())
     folder = handle.save(tmp_path / "saved")
     loaded = hasten.load_pretrained(folder)
     ids = torch.randint(1, 61, (1, 9))

@@ -40,6 +40,12 @@ def rebuild(record: dict[str, Any]) -> nn.Module:
         UsageError: the class is not one of transformers, diffusers or timm, or its record does not say all about it.
     """
     library, module = record["library"], record["module"]
+    layer = record.get("arguments", {}).get("act_layer", "torch.nn:GELU") if isinstance(record, dict) else ""
+    known = library in ("transformers", "diffusers", "timm") and module.partition(".")[0] == library
+    if library != "other" and (not known or layer.partition(".")[0] not in ("torch", "timm")):
+        raise UsageError(
+            f"the record names {module}, {layer}: only classes of transformers, diffusers and timm are built"
+        )
     model: nn.Module | None = None
     if library == "transformers":
         package = importlib.import_module(module)
