@@ -130,7 +130,7 @@ def naive_linear(
             if levels is not None:
                 a, b, c, d = levels[n, g // LEVEL_GROUPS]
                 scale, zero = a * (scale - b), zero if tables is not None else c * (zero - d)
-            weight.append(scale * (codes[k] - zero.float() if tables is None else tables[zero][codes[k]]))
+            weight.append(scale * (codes[k] - zero.float() if tables is None else tables[int(zero), int(codes[k])]))
         rows.append((xs * torch.stack(weight)).sum(-1) + (0 if bias is None else bias[n].float()))
     return torch.stack(rows, dim=-1).to(x.dtype)
 
