@@ -205,7 +205,8 @@ def linear(
 def round_tokens(x: Float[Tensor, "m width"]) -> tuple[Tensor, Tensor]:
     """The symmetric eight-bit codes of each token as whole floats, and what a code stands for [m, 1]."""
     most = x.abs().amax(1, keepdim=True)
-    return (x * torch.where(most > 0, _CODES / most, 0)).round(), most / _CODES
+    inverse = torch.full_like(most, _CODES) / most  # 127 / most would be a product with the reciprocal, an ulp apart
+    return (x * torch.where(most > 0, inverse, 0)).round(), most / _CODES
 
 
 def native_linear(
