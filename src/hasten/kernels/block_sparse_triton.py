@@ -1,6 +1,7 @@
 """`block_sparse.linear` on a GPU, in Triton: one program multiplies the kept columns of one band with a tile of tokens.
 
-Held to the equation in Triton's interpreter; not yet run on a GPU, so its block sizes are reasoned, not measured.
+Held to the equation in Triton's interpreter (which has no dot of bfloat16: that is compiled, but was never run) and not
+yet run on a GPU, so its block sizes are reasoned, not measured.
 
 x is transposed first, so that a column of W picks a run of neighbouring numbers. fp32 values are rounded to x's dtype
 for the tensor cores (x of fp32: exact products, fp32 sums); codes of eight bits are summed in int32. Bands lower than

@@ -1,6 +1,7 @@
 """`lowbit.linear` on a GPU, in Triton: x times packed codes of 2, 3, 4, 6 or 8 bits, which are the only weight read.
 
-Held to the equation in Triton's interpreter; not yet run on a GPU, so its block sizes are reasoned, not measured.
+Held to the equation in Triton's interpreter (which has no dot of bfloat16: that is compiled, but was never run) and not
+yet run on a GPU, so its block sizes are reasoned, not measured.
 
 A program makes a tile of y of BM rows of x and BN rows of W. It walks over the packed units of its rows, loads STEP
 bytes of each row's first plane (neighbours in memory), and shifts out of them, one after the other, runs of STEP
