@@ -101,7 +101,8 @@ struct Inputs {
         blocks = up(w.columns, BLOCK) / BLOCK;
         stride = up(w.groups, 16) + 16;
         thread_local std::vector<float> room;  // kept: allocating costs as much as a small product
-        const int64_t parts[] = {blocks * BLOCK * m / (small ? 4 : 1), blocks * m, stride * m, blocks * 4, stride * r, r * m, stride * r};
+        const int64_t parts[] = {blocks * BLOCK * m / (small ? 4 : 1), blocks * m, stride * m, blocks * 4,
+                                 stride * r, r * m, stride * r};
         int64_t need = 16;
         for (int64_t part : parts) need += up(part, 16);
         if ((int64_t)room.size() < need) room.resize(need);
