@@ -6,7 +6,7 @@ import torch
 import hasten
 from hasten.core.errors import PlanError
 from hasten.kernels import native
-from hasten.prune._sparse import BlockSparseLinear
+from hasten.hosts.sparse import BlockSparseLinear
 from hasten.prune.block_sparse import BlockSparse, block_sparse
 from hosts.tiny import llama, padded_batch
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from hasten.core.errors import UsageError
 from hasten.hosts.weights import is_held
-from hasten.prune._sparse import BitmapLinear, BlockSparseLinear
+from hasten.hosts.sparse import BitmapLinear, BlockSparseLinear
 
 
 def dense(rows=50, columns=37, sparsity=0.7, dtype=torch.float32, bias=True):

@@ -74,7 +74,7 @@ def test_as_many_different_weights_as_entries_are_exact():
 
 def test_bytes_are_those_of_codes_and_codebooks():
     layer = Ditto().quantize(weights(32, 1024), None).layer(None, torch.float32)
-    assert layer.bytes() * 8 == 32 * 1024 * (4 + 16 * 32 / 256 + 2 * 32 / 256)
+    assert layer.bytes() * 8 == 32 * 1024 * (4 + 16 * 32 / 256 + (32 + 16) / 256)
 
 
 @pytest.mark.parametrize("shape", [(24, 200), (10, 48), (6, 600)])

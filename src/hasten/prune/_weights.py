@@ -11,6 +11,7 @@ from hasten.core.errors import UsageError
 from hasten.core.options import Method, option
 from hasten.hosts.base import Host
 from hasten.hosts.context import Context
+from hasten.hosts.sparse import BitmapLinear, BlockSparseLinear
 from hasten.hosts.streaming import STATISTICS, gather
 from hasten.hosts.weights import Weight, is_held, layers_of
 from hasten.prune import _patterns
@@ -18,7 +19,7 @@ from hasten.prune import _patterns
 BITMAP_FROM = (
     0.5  # sparsity from which a bitmap and the remaining weights are less memory traffic than the dense weight
 )
-KINDS = {"block_sparse": "BlockSparseLinear", "bitmap": "BitmapLinear"}
+KINDS = {layer.kind: layer for layer in (BlockSparseLinear, BitmapLinear)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ def restore(host: Host, record: dict[str, Any]) -> None:
     for path, one in record["layers"].items():
         if path not in weights or one["layer"] not in KINDS:
             raise UsageError(f"the saved plan has the sparse layer {path}, which is not here: is it the same model?")
-        layer = layer_class(one["layer"]).empty(**one["shape"], device=host.device)
+        layer = KINDS[one["layer"]].empty(**one["shape"], device=host.device)
         if (layer.out_features, layer.in_features) != weights[path].shape:
             raise UsageError(
                 f"the saved plan has {path} as {layer.out_features} x {layer.in_features}, the model as "
@@ -130,17 +131,11 @@ def held(weight: Weight, matrix: Tensor, pattern: str, layout: str) -> nn.Module
     if layout == "dense":
         return weight.changed(matrix)
     if size is not None:
-        made = layer_class("block_sparse").from_dense(matrix, weight.bias, block=size, dtype=weight.dtype)
+        made = BlockSparseLinear.from_dense(matrix, weight.bias, block=size, dtype=weight.dtype)
         return weight.holding(made)
     if isinstance(weight.part, nn.Conv2d) or float((matrix == 0).float().mean()) < BITMAP_FROM:
         return weight.changed(matrix)
-    return weight.holding(layer_class("bitmap").from_dense(matrix, weight.bias, dtype=weight.dtype))
-
-
-def layer_class(kind: str) -> Any:
-    from hasten.prune import _sparse  # builds nothing, but is needed only where a layer is held
-
-    return getattr(_sparse, KINDS[kind])
+    return weight.holding(BitmapLinear.from_dense(matrix, weight.bias, dtype=weight.dtype))
 
 
 def _choose(method: WeightPruning, host: Host) -> dict[str, Weight]:

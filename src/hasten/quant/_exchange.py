@@ -114,9 +114,10 @@ def _check_exportable(name: str, part: QuantLinear, before: Any, kind: str) -> N
         raise refuse(f"stands for a {type(before).__name__}")
     if part.scales.shape[1] > 1 and part.in_features % part.group:
         raise refuse(f"has {part.in_features} inputs, which groups of {part.group} don't divide")
-    if bool((part.zeros != part.zeros.round()).any()) or bool((part.zeros < 0).any()):
+    zeros = part.zeros.float()
+    if bool((zeros != zeros.round()).any()) or bool((zeros < 0).any()):
         raise refuse("has zero points that are no whole numbers")
-    if bool((part.zeros >= 2**part.bits).any()):
+    if bool((zeros >= 2**part.bits).any()):
         raise refuse("has zero points outside of the codes")
     if kind == "gptq" and (part.bits not in _GPTQ_BITS or part.in_features % 32 or part.out_features % 32):
         raise refuse(f"is {part.out_features} x {part.in_features} of {part.bits} bits, no multiples of 32")
@@ -129,14 +130,18 @@ def _codes(part: QuantLinear) -> Tensor:
     return codes if part.order is None else torch.empty_like(codes).index_copy_(1, part.order, codes)
 
 
+def _zeros(part: QuantLinear) -> Tensor:
+    return part.zeros.float().expand(part.scales.shape)
+
+
 def _compressed(part: QuantLinear, symmetric: bool) -> dict[str, Tensor]:
     found = {
         "weight_packed": to_words(_codes(part), part.bits),
-        "weight_scale": part.scales.to(part.dtype if part.dtype is not torch.float32 else torch.float32),
+        "weight_scale": part.scales.to(part.dtype),
         "weight_shape": torch.tensor([part.out_features, part.in_features]),
     }
     if not symmetric:
-        found["weight_zero_point"] = to_words(part.zeros.t().to(torch.uint8), part.bits).t()
+        found["weight_zero_point"] = to_words(_zeros(part).t().to(torch.uint8), part.bits).t()
     return found
 
 
@@ -144,7 +149,7 @@ def _gptq(part: QuantLinear, second: bool) -> dict[str, Tensor]:
     groups = torch.arange(part.in_features) // (part.group if part.scales.shape[1] > 1 else part.in_features)
     if part.order is not None:
         groups = torch.empty_like(groups).index_copy_(0, part.order.cpu(), groups)
-    zeros = part.zeros.t() if second else part.zeros.t() - 1
+    zeros = _zeros(part).t() if second else _zeros(part).t() - 1
     return {
         "qweight": to_words(_codes(part), part.bits).t(),
         "qzeros": to_words(zeros.to(torch.uint8), part.bits),

@@ -9,10 +9,22 @@ GRID, SHRINK, NORM = 100, 0.8, 2.4  # of the search for ranges, as in GPTQ's off
 Triple = tuple[Int[Tensor, "rows columns"], Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]
 
 
+def half(scale: Tensor) -> Tensor:
+    """Scales as the next fp16 numbers, in fp32, so that layers hold two bytes of each.
+
+    None becomes smaller, so that codes still reach as far; left alone where fp16 is too coarse.
+    """
+    near = scale.half()
+    rounded = torch.where(near.float() < scale, torch.nextafter(near, torch.full_like(near, torch.inf)), near).float()
+    sound = (rounded >= torch.finfo(torch.float16).tiny) & rounded.isfinite()
+    return torch.where(sound, rounded, scale)
+
+
 def grid(w: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [rows] whose codes reach from the least to the largest of w [rows, columns], and zero.
+    """Scale (an fp16 number) and zero point [rows] of codes that reach from the least to the largest of w, and zero.
 
     Args:
+        w: [rows, columns].
         symmetric: the zero point is the middle code. mse: the range is searched for the least error (norm 2.4).
     """
     maximum = 2**bits - 1
@@ -23,13 +35,13 @@ def grid(w: Tensor, bits: int, symmetric: bool, mse: bool) -> tuple[Tensor, Tens
     empty = (low == 0) & (high == 0)
     low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
     middle = torch.full_like(low, (maximum + 1) / 2)
-    best_scale = (high - low) / maximum
+    best_scale = half((high - low) / maximum)
     best_zero = middle if symmetric else torch.round(-low / best_scale)
     if not mse:
         return best_scale, best_zero
     least = torch.full_like(low, torch.inf)
     for step in range(int(SHRINK * GRID)):
-        scale = (high - low) * (1 - step / GRID) / maximum
+        scale = half((high - low) * (1 - step / GRID) / maximum)
         zero = middle if symmetric else torch.round(-low * (1 - step / GRID) / scale)
         code = torch.clamp(torch.round(w / scale[:, None]) + zero[:, None], 0, maximum)
         error = (scale[:, None] * (code - zero[:, None]) - w).abs().pow(NORM).sum(1)

@@ -20,8 +20,8 @@ LAYERS = {
     "balanced": ("hasten.quant._balanced", "BalancedLinear"),
     "mixed": ("hasten.quant._mixed", "MixedLinear"),
     "six_bit_inputs": ("hasten.quant._six", "SixBitLinear"),
-    "block_sparse": ("hasten.prune._sparse", "BlockSparseLinear"),
-    "bitmap": ("hasten.prune._sparse", "BitmapLinear"),
+    "block_sparse": ("hasten.hosts.sparse", "BlockSparseLinear"),
+    "bitmap": ("hasten.hosts.sparse", "BitmapLinear"),
 }
 
 

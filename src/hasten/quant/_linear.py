@@ -112,7 +112,8 @@ class QuantLinear(nn.Module):
     """`y = x W^T + b` with W as `Codes` says.
 
     Buffers, all of them in the state dict: `packed` uint8 [out, bytes] (layout: `hasten.math.packing`), `scales` and
-    `zeros` [out, groups], `bias` [out], and where there are such, `order` int64 [in], `tables`, `levels`,
+    `zeros` [out, groups] (in the smallest types that hold them exactly; zeros [1, 1] where all are equal), `bias`
+    [out], and where there are such, `order` int64 [in], `tables`, `levels`,
     `outlier_values` fp32, `outlier_columns` and `outlier_starts` int32. The output has the input's dtype.
 
     Args:
@@ -152,9 +153,12 @@ class QuantLinear(nn.Module):
         self.bits, self.group, self.dtype, self.activations = bits, group, dtype, activations
         self.in_features, self.out_features = columns, packed.shape[0]
         self.register_buffer("packed", packed.contiguous())
-        self.register_buffer("scales", (scales if levels is not None else scales.float()).contiguous())
-        kept = levels is not None or tables is not None
-        self.register_buffer("zeros", (zeros if kept else zeros.float()).contiguous())
+        if levels is None and tables is None:
+            scales, zeros = lowbit.compact(scales.float(), zeros.float())
+        elif levels is None:
+            scales = lowbit.compact(scales.float(), torch.zeros(1, 1))[0]
+        self.register_buffer("scales", scales.contiguous())
+        self.register_buffer("zeros", zeros.contiguous())
         self.register_buffer("order", order)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.register_buffer("tables", None if tables is None else tables.float().contiguous())
@@ -178,6 +182,8 @@ class QuantLinear(nn.Module):
         levels: bool = False,
         outliers: int | None = None,
         activations: int = EXACT,
+        statistics: tuple[str, str] = ("float32", "float32"),
+        one_zero: bool = False,
         device: Any = None,
     ) -> Self:
         """A layer of zero codes, to be filled by `load_state_dict`; takes what `shape` gives.
@@ -191,21 +197,26 @@ class QuantLinear(nn.Module):
         if not isinstance(given, torch.dtype) or not given.is_floating_point:
             raise UsageError(f"{dtype!r} is no dtype of a weight")
         groups, where = -(-columns // group), {"device": device}
-        statistics = torch.uint8 if levels else torch.float32
+        if not {"float32", "float16", "uint8", "int32"}.issuperset(statistics):
+            raise UsageError(f"{statistics} are no types of scales and zero points")
+        scale, zero = (getattr(torch, one) for one in statistics)
         sparse = None
         if outliers is not None:
             sparse = Sparse(torch.zeros(outliers, **where), torch.zeros(outliers, dtype=torch.int32, **where),
                             torch.zeros(rows + 1, dtype=torch.int32, **where))  # fmt: skip
-        return cls(
+        made = cls(
             torch.zeros(rows, packing.row_bytes(columns, bits), dtype=torch.uint8, **where),
-            torch.zeros(rows, groups, dtype=statistics, **where),
-            torch.zeros(rows, groups, dtype=torch.int32 if tables else statistics, **where),
+            torch.zeros(rows, groups, dtype=scale, **where),
+            torch.zeros(rows, groups, dtype=zero, **where),
             torch.zeros(rows, dtype=given, **where) if bias else None,
             torch.arange(columns, **where) if order else None,
             bits=bits, group=group, columns=columns, dtype=given, outliers=sparse, activations=activations,
             tables=torch.zeros(tables, 2**bits, **where) if tables else None,
             levels=torch.zeros(rows, -(-groups // 16), 4, **where) if levels else None,
         )  # fmt: skip
+        made.scales = torch.zeros(rows, groups, dtype=scale, **where)
+        made.zeros = torch.zeros((1, 1) if one_zero else (rows, groups), dtype=zero, **where)
+        return made
 
     def shape(self) -> dict[str, Any]:
         """What `empty` takes; JSON-able."""
@@ -220,6 +231,9 @@ class QuantLinear(nn.Module):
             found["outliers"] = len(self.outlier_values)
         if self.activations != EXACT:
             found["activations"] = self.activations
+        found["statistics"] = [str(part.dtype).removeprefix("torch.") for part in (self.scales, self.zeros)]
+        if self.zeros.shape != self.scales.shape:
+            found["one_zero"] = True
         return found
 
     def forward(self, input: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ All needed rows of H^-1 are the rows of its upper Cholesky factor, up to their l
 lazily, in blocks (step 2). Shapes: weight [out, in], hessian [in, in], codes [out, in], scales and zeros [out,
 groups].
 
-Departures: a column whose input was always zero is rounded, not set to zero, and is damped as the mean of the others.
+Departures: scales are rounded up to fp16 before codes are chosen. A column whose input was always zero is rounded, not
+set to zero, and is damped as the mean of the others.
 With groups smaller than a block, a group's range comes from up-to-date weights (the official code takes stale ones).
 With `act_order`, ranges come from the original weights (its `static_groups`), so groups stay in the inputs' order.
 Calibration leaves out padding. If the factor can't be computed, damping grows tenfold. Groups of 128 are the default,

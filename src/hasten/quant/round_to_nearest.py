@@ -5,7 +5,8 @@
 with the least and largest of each group of weights, and zero (paper, section 3.1, as for its 8 bits; the baseline that
 every later method is compared with). Shapes: weight [out, in], codes [out, in], scales and zeros [out, groups].
 
-Departures: groups of 128 columns and 4 bits are the default, where the paper takes whole tensors and 8 bits.
+Departures: scales are rounded up to fp16 first; groups of 128 columns and 4 bits are the default, where the paper takes
+whole tensors and 8 bits.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from torch import Tensor
 from hasten.core.cards import Card
 from hasten.core.options import Method, option
 from hasten.math.shapes import Float
-from hasten.quant._grids import Triple, rounded
+from hasten.quant._grids import Triple, half, rounded
 from hasten.quant.base import FULL_BITS, Codes, group_problems, whole_group
 
 CARD = Card(
@@ -52,7 +53,7 @@ def naive_round_to_nearest(
                 low = -high if low < 0 else low
             if low == high:
                 low, high = -1.0, 1.0
-            scale = torch.tensor(high - low) / maximum
+            scale = half(torch.tensor(high - low) / maximum)
             zero = torch.tensor((maximum + 1) / 2) if symmetric else torch.round(-torch.tensor(low) / scale)
             scales[n, g], zeros[n, g] = scale, zero
             for k, value in enumerate(part):

@@ -285,7 +285,7 @@ class BitmapLinear(_Sparse):
 
 
 def _way(path: str) -> str:
-    return f"native, {native.capability()}" if path == "native" else "PyTorch"
+    return f"native, {native.capability()}" if path == "native" else "PyTorch" if path == "torch" else path
 
 
 def _dtype(name: str) -> torch.dtype:
