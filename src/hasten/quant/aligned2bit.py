@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from hasten.core.cards import Card
 from hasten.core.options import Method, option
 from hasten.kernels import low_plane
+from hasten.math.cholesky import damped, inverse_factor
 from hasten.math.shapes import Bool, Float, Int
 from hasten.quant._grids import grid
 from hasten.quant._mixed import GROUP, MixedCodes
-from hasten.quant._solve import damped, inverse_factor
 from hasten.quant.base import FULL_BITS
 
 CARD = Card(

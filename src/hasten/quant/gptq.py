@@ -24,9 +24,9 @@ from torch import Tensor
 
 from hasten.core.cards import Card
 from hasten.core.options import Method, option
+from hasten.math.cholesky import damped, inverse_factor
 from hasten.math.shapes import Float
 from hasten.quant._grids import Triple, grid
-from hasten.quant._solve import damped, inverse_factor
 from hasten.quant.base import FULL_BITS, Codes, group_problems, whole_group
 
 CARD = Card(

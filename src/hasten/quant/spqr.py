@@ -27,8 +27,8 @@ from torch import Tensor
 from hasten.core.cards import Card
 from hasten.core.options import Method, option
 from hasten.kernels.lowbit_weights import LEVEL_GROUPS as RUN  # groups whose statistics share their range
+from hasten.math.cholesky import damped, inverse_factor
 from hasten.math.shapes import Float
-from hasten.quant._solve import damped, inverse_factor
 from hasten.quant.base import FULL_BITS, Codes, Sparse, group_problems, whole_group
 
 CARD = Card(
