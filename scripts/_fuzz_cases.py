@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from hasten.hosts.sparse import BitmapLinear, BlockSparseLinear
 from hasten.kernels import bitmap, block_sparse, csr, int8, lowbit, lowbit_gemm, relu_ffn
 from hasten.math import packing
-from hasten.prune._sparse import BitmapLinear, BlockSparseLinear
 
 Call = Callable[[], Any]
 Case = tuple[dict[str, Any], list[Any], Callable[..., Any], Callable[..., Any], float]
