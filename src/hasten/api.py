@@ -212,7 +212,7 @@ def training(
     Args:
         model, optimizer, loader: the person's own.
         plan: as for `apply`; methods that change the model are applied first.
-        options: `steps`, `accumulate`, `clip`, `precision`, `schedule`, `seed`, `resume`: see `hasten.Run`.
+        options: `steps`, `accumulate`, `clip`, `precision`, `schedule`, `seed`, `teacher`, `resume`: see `hasten.Run`.
     """
     from hasten.train.run import Run
 
