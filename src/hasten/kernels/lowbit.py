@@ -187,9 +187,9 @@ def _compute(
     run = kernel(bits) if x.is_cpu and bits in packing.BITS and fits(group) else None
     if run is None:
         return torch_linear(x, packed, scales, zeros, bias, bits, group, tables, levels, activations)
-    if tables is None and x.numel() >= MANY * x.shape[-1]:
+    if x.numel() >= MANY * x.shape[-1]:
         check(packed, scales, zeros, bias, bits, group, x.shape[-1], tables, levels, activations)
-        y = _gemm()(x, packed, *statistics(scales, zeros, levels), bias, bits, group, activations)
+        y = _gemm()(x, packed, scales, zeros, bias, bits, group, activations, tables, levels)
         if y is not None:
             return y
     return native_linear(run, x, packed, scales, zeros, bias, bits, group, tables, levels, activations)
