@@ -100,7 +100,7 @@ def figures(quick: bool) -> Iterator[Figure]:
         )
     for phase, what in (("prefill", "256 tokens at once"), ("decode", "16 tokens one by one")):
         yield figure(
-            f"slicegpt_speed_{phase}",
+            "slicegpt_speed" + ("" if phase == "prefill" else f"_{phase}"),
             lambda phase=phase: sliced(phase, seconds),  # type: ignore[misc]
             against=f"dense, a random Llama of 85M weights, keep={KEEP}, {what}",
         )
