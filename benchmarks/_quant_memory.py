@@ -18,14 +18,18 @@ def arm(plan: str) -> Iterator[str]:
 
     import hasten
 
-    config = LlamaConfig(
-        hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=512,
-        tie_word_embeddings=True, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
+    def build(depth: int, width: int) -> torch.nn.Module:
+        config = LlamaConfig(
+            hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=depth, num_attention_heads=12,
+            vocab_size=512, tie_word_embeddings=True, pad_token_id=0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval()
+
     ids = [torch.randint(1, 512, (4, 256)) for _ in range(4)]
+    hasten.apply(build(1, 96), plan, calibration=ids[:1])  # modules are imported and kernels built
     yield "prepared"
-    model = LlamaForCausalLM(config).eval()
+    model = build(12, 768)
     yield "model"
     hasten.apply(model, plan, calibration=ids)
     yield "plan"
