@@ -5,8 +5,8 @@ import torch
 
 import hasten
 from hasten.core.errors import PlanError
-from hasten.kernels import native
 from hasten.hosts.sparse import BlockSparseLinear
+from hasten.kernels import native
 from hasten.prune.block_sparse import BlockSparse, block_sparse
 from hosts.tiny import llama, padded_batch
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from hasten.core.errors import UsageError
-from hasten.hosts.weights import is_held
 from hasten.hosts.sparse import BitmapLinear, BlockSparseLinear
+from hasten.hosts.weights import is_held
 
 
 def dense(rows=50, columns=37, sparsity=0.7, dtype=torch.float32, bias=True):

@@ -8,9 +8,9 @@ from torch import nn
 
 import hasten
 from hasten.core.errors import PlanError, UsageError
+from hasten.hosts.sparse import BitmapLinear, BlockSparseLinear
 from hasten.hosts.weights import Unfolded
 from hasten.kernels import bitmap, block_sparse
-from hasten.hosts.sparse import BitmapLinear, BlockSparseLinear
 from hasten.prune._weights import densify
 from hosts.tiny import DECODERS, llama, padded_batch, write
 from standins import timm

@@ -6,6 +6,7 @@ Where a model has no chain of blocks, whole forwards are run for as many layers 
 """
 
 import contextlib
+import ctypes
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -162,6 +163,7 @@ class Inputs:
             if self._tokens.get(owner):
                 together = [path for path in self.paths if self._owner.get(path) == owner]
                 yield together, self._sums.pop(owner).value(self._tokens[owner])
+                _release()
 
     def tokens(self, path: str) -> int:
         """Real and finite tokens that a layer (or the one that it shares its input with) saw."""
@@ -243,6 +245,12 @@ def _fitting(waiting: list[str], weights: dict[str, Weight], statistic: type[Sta
         if count and total > GATHERED_BYTES:
             return waiting[:count]
     return waiting
+
+
+def _release() -> None:
+    """Hands freed memory back to the system: what one layer's matrices leave behind does not fit the next ones."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class StopError(Exception):

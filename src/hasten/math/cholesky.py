@@ -12,7 +12,9 @@ def damped(hessian: Float[Tensor, "columns columns"], damp: float) -> Float[Tens
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
-    return hessian + torch.diag(mean * (damp + dead))
+    made = hessian.clone()
+    made.diagonal().add_(mean * (damp + dead))
+    return made
 
 
 def inverse_factor(hessian: Float[Tensor, "columns columns"], damp: float) -> Float[Tensor, "columns columns"]:
@@ -24,11 +26,14 @@ def inverse_factor(hessian: Float[Tensor, "columns columns"], damp: float) -> Fl
     Raises:
         UsageError: no factor even with `damp` 1.
     """
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     while damp <= 1:
-        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damp))
+        factor = damped(hessian, damp)  # each step overwrites it: at large widths these matrices are most of the memory
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and upper.isfinite().all():
-                return upper
+            torch.cholesky_inverse(factor, out=factor)
+            torch.linalg.cholesky_ex(factor, upper=True, out=(factor, failed))
+            if not failed and factor.isfinite().all():
+                return factor
         damp = max(10 * damp, 1e-4)
     raise UsageError("the calibration inputs of a layer give no invertible Hessian: use more or other calibration data")

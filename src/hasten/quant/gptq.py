@@ -107,7 +107,7 @@ def gptq(
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     groups_of = (order // group).tolist()
-    factor = inverse_factor(hessian[order][:, order], damp)
+    factor = inverse_factor(hessian[order][:, order] if act_order else hessian, damp)
     w = w[:, order].t().contiguous()  # [columns, rows]: a column of W is one run of memory
     codes = torch.empty_like(w, dtype=torch.uint8)
     for start in range(0, columns, block):
