@@ -111,7 +111,7 @@ def test_quantization_comes_after():
     model = DECODERS["llama"]()
     plan = "prune/slicegpt(keep=0.75) + quant/gptq(bits=8, group=32)"
     handle = hasten.apply(model, plan, calibration=[padded_batch()])
-    assert handle.report["quant/gptq"]["quantized"] == len(handle.host.layers) * 9  # seven matrices and two turns
+    assert handle.report["quant/gptq"]["quantized"] == len(handle.host.layers) * 7  # the turns stay exact
     assert model(**padded_batch()).logits.isfinite().all()
 
 

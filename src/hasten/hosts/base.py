@@ -78,7 +78,8 @@ class Host:
             path: Weight(path, part)
             for path, part in self._weighted()
             if is_held(part)
-            or (is_projection(part) or (self.kind == "module" and is_unfoldable(part)))
+            or not getattr(part, "exact", False)
+            and (is_projection(part) or (self.kind == "module" and is_unfoldable(part)))
             and users.get(part.weight.data_ptr(), 0) == 1  # type: ignore[operator,union-attr]
             and not any(part is head for head in heads)
         }

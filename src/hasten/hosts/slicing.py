@@ -53,6 +53,7 @@ class Turning(nn.Module):
     def __init__(self, inner: nn.Module, turn: nn.Linear, norm: PlainNorm) -> None:
         super().__init__()
         self.inner, self.turn = inner, turn
+        turn.exact = True  # type: ignore[assignment] # the stream itself passes through: not to be compressed
         self._norm = [norm]  # not a submodule: the block holds it
 
     def forward(self, input: Tensor) -> Tensor:
