@@ -115,6 +115,20 @@ def test_quantization_comes_after():
     assert model(**padded_batch()).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["gptj", "gpt2", "qwen3"])
+def test_shifts_of_norms_survive_saving(name, tmp_path):
+    """A freshly built LayerNorm has a shift of zero; what reads it still gets a bias to load into."""
+    model = DECODERS[name]()
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "ln" in path and path.endswith("bias"):
+                parameter.normal_()
+        handle = hasten.apply(model, "prune/slicegpt(keep=0.75)", calibration=[padded_batch()])
+        wanted = handle.model(**padded_batch()).logits
+        loaded = hasten.load_pretrained(handle.save(tmp_path / "saved"))
+        assert torch.equal(loaded.model(**padded_batch()).logits, wanted)
+
+
 def test_norm_keeps_the_original_width():
     x = torch.randn(3, 6)
     wide = torch.nn.functional.pad(x, (0, 2))

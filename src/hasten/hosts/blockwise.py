@@ -11,13 +11,9 @@ from torch import Tensor, nn
 from hasten.core.errors import UsageError
 from hasten.hosts.attention import Call
 from hasten.hosts.base import Host
-from hasten.hosts.streaming import evaluating, returning, uncached
+from hasten.hosts.streaming import StopError, evaluating, returning, uncached
 from hasten.hosts.structure import is_norm
 from hasten.hosts.weights import Weight
-
-
-class _StopError(Exception):
-    """Ends a forward before the block of interest runs."""
 
 
 @dataclasses.dataclass
@@ -56,7 +52,7 @@ def entering(host: Host, index: int, batches: list[dict[str, Any]], outputs: lis
 
     def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(BlockCall(blocks[-1], args, kwargs, mask))
-        raise _StopError
+        raise StopError
 
     with contextlib.ExitStack() as undo:
         undo.enter_context(evaluating(host.model))
@@ -64,7 +60,7 @@ def entering(host: Host, index: int, batches: list[dict[str, Any]], outputs: lis
         for number, batch in enumerate(batches):
             mask = batch.get("attention_mask")
             mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            with contextlib.ExitStack() as passing, contextlib.suppress(_StopError):
+            with contextlib.ExitStack() as passing, contextlib.suppress(StopError):
                 for block in blocks[:-1]:
                     passing.enter_context(returning(block, outputs[number]))
                 host.forward(uncached(host, batch))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hasten.core.errors import UsageError
 from hasten.hosts.anatomy import first_tensor, output_tensor
 from hasten.hosts.base import Host
+from hasten.hosts.feeding import Affine, affine_of
 from hasten.hosts.streaming import StopError, evaluating, returning, uncached
 from hasten.hosts.structure import is_projection
 from hasten.hosts.weights import Weight, linear_of
@@ -76,16 +77,6 @@ class Stage:
     norms: tuple[str, ...]
     reads: dict[str, str]
     writes: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """What a norm does beside dividing: `alpha * x / rms(x) + beta`, x less its mean where `centred`."""
-
-    alpha: Tensor
-    beta: Tensor | None
-    centred: bool
-    eps: float
 
 
 class Wiring:
@@ -232,14 +223,14 @@ class Wiring:
             if getattr(config, "tie_word_embeddings", False):
                 self.host.changes.set(config, "tie_word_embeddings", False)
 
-    def _reading(self, path: str, scale: Scale, basis: Tensor) -> nn.Linear:
+    def _reading(self, path: str, scale: Affine, basis: Tensor) -> nn.Linear:
         """W diag(alpha) Q, and W beta in the bias."""
         weight = Weight(path, self._part(path))
         matrix, bias = weight.matrix.double(), weight.bias
-        if scale.beta is not None:
-            more = matrix @ scale.beta.double()
+        if scale.shift is not None:
+            more = matrix @ scale.shift.double()
             bias = more if bias is None else bias.detach().double() + more
-        return linear_of((matrix * scale.alpha.double()) @ basis, bias)
+        return linear_of((matrix * scale.gain.double()) @ basis, bias)
 
     def _writing(self, path: str, basis: Tensor) -> nn.Linear:
         """Q^T W and Q^T b, less their mean over the stream where norms subtract it."""
@@ -351,32 +342,15 @@ def _like(old: nn.Module, new: nn.Embedding) -> nn.Module:
 
 
 @torch.no_grad()
-def scale_of(norm: nn.Module, width: int) -> Scale:
+def scale_of(norm: nn.Module, width: int) -> Affine:
     """The scale and shift of a norm, measured.
 
     Raises:
         UsageError: it is neither a LayerNorm nor an RMSNorm.
     """
-    weight = next(norm.parameters(), None)
-    where = {"device": weight.device if weight is not None else None, "dtype": torch.float32}
-    x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(where["device"])
-    before = {name: parameter.data for name, parameter in norm.named_parameters()}
-    try:
-        for name, parameter in norm.named_parameters():
-            parameter.data = before[name].float()
-        plain, moved, zero = norm(x), norm(x + 3.0), norm(torch.zeros_like(x))
-    finally:
-        for name, parameter in norm.named_parameters():
-            parameter.data = before[name]
-    centred = torch.allclose(plain, moved, atol=1e-3)
-    eps = next(
-        (float(getattr(norm, name)) for name in ("eps", "variance_epsilon", "epsilon") if hasattr(norm, name)), 0.0
-    )
-    beta = zero[0] if centred and bool(zero[0].any()) else None
-    inner = x - x.mean(-1, keepdim=True) if centred else x
-    unit = inner * torch.rsqrt(inner.square().mean(-1, keepdim=True) + eps)
-    shifted = plain - (0 if beta is None else beta)
-    alpha = (shifted * unit).sum(0) / unit.square().sum(0)
-    if not torch.allclose(alpha * unit, shifted, atol=1e-3 * float(shifted.abs().max())):
+    like = next(norm.parameters(), torch.zeros(()))
+    x = torch.randn(2, width, generator=torch.Generator().manual_seed(0)) + 1  # a mean that a LayerNorm is told by
+    found = affine_of(norm, x.to(like), norm(x.to(like)))
+    if found is None:
         raise UsageError(f"{type(norm).__name__} is neither a LayerNorm nor an RMSNorm: the model can't be narrowed")
-    return Scale(alpha, beta, centred, eps)
+    return found

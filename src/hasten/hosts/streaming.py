@@ -249,12 +249,12 @@ def _fitting(waiting: list[str], weights: dict[str, Weight], statistic: type[Sta
 
 def _release() -> None:
     """Hands freed memory back to the system: what one layer's matrices leave behind does not fit the next ones."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class StopError(Exception):
-    """Ends a forward once the block of interest has run."""
+    """Ends a forward before or after the block of interest."""
 
 
 def _through(host: Host, chain: list[str], batch: dict[str, Any], entering: Any, inputs: Inputs | None) -> Any:
