@@ -197,7 +197,8 @@ def _split(found: Workload, parsed: list[Plan]) -> list[tuple[Workload, list[Pla
             groups.append((dataclasses.replace(found, task="train"), training, "train"))  # type: ignore[call-arg]
     problems = []
     for workload, plans, mode in groups:
-        have = {name for name in ("calibration", "draft", "teacher") if _overrides(workload, name)}
+        given = ("calibration", "draft", "teacher", "proxy", "downstream", "losses")
+        have = {name for name in given if _overrides(workload, name)}
         have |= {"steps"} if mode == "train" else set()
         have |= {"cuda"} if workload.device().type == "cuda" else set()
         for plan in plans:
@@ -211,8 +212,10 @@ def _split(found: Workload, parsed: list[Plan]) -> list[tuple[Workload, list[Pla
 
 
 def trains_only(method: Any) -> bool:
-    """Whether a method's family hooks training and can't change a finished model."""
-    return _can(method, "attach") and not _can(method, "install")
+    """Whether a method hooks training and can't change a finished model."""
+    if getattr(method, "training_only", False):
+        return True
+    return (hasattr(method, "attach") or _can(method, "attach")) and not _can(method, "install")
 
 
 def _can(method: Any, *verbs: str) -> bool:

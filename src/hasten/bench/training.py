@@ -52,7 +52,6 @@ def make_run(workload: Workload, plan: Plan, seed: int) -> Any:
     """The training run of one arm: the workload's model, tuned optimizer, data and schedule, and the plan."""
     model = workload.build(seed)
     schedule = lambda step, steps: workload.schedule(step, steps or workload.steps)  # noqa: E731
-    handed = {need: one for need, one in workload.handed(plan.methods).items() if need == "teacher"}
     return training(
         model,
         workload.optimizer(model),
@@ -62,7 +61,7 @@ def make_run(workload: Workload, plan: Plan, seed: int) -> Any:
         clip=workload.clip,
         schedule=schedule,
         seed=seed,
-        **handed,
+        **workload.lent(plan.methods, seed),
     )
 
 

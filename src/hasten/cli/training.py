@@ -98,7 +98,6 @@ class Job:
             model, loader = prepare(model, self.spread), shard(loader, self.seed)  # type: ignore[arg-type]
         steps = self.steps or workload.steps
         checkpoint = self.out / "checkpoint" if self.out else None
-        handed = {need: one for need, one in workload.handed(self.plan.methods).items() if need == "teacher"}
         return training(
             model,
             workload.optimizer(model),
@@ -111,7 +110,7 @@ class Job:
             schedule=lambda step, total: workload.schedule(step, total or steps),
             seed=self.seed,
             resume=checkpoint if checkpoint and checkpoint.exists() else None,
-            **handed,
+            **workload.lent(self.plan.methods, self.seed),
         )
 
     def _note(self, point: dict[str, Any], writer: Any) -> None:

@@ -11,7 +11,7 @@ from hasten.core.families import SEAMS
 
 HEAD_BYTES = 4096
 EFFECTS = ("time", "memory", "steps", "quality")
-NEEDS = ("calibration", "draft", "teacher", "cuda", "steps")
+NEEDS = ("calibration", "draft", "teacher", "cuda", "steps", "losses", "proxy", "downstream")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +27,10 @@ class Card:
         claim: the paper's headline figure with its setting.
         claimed: that figure as a speed ratio (1.0 is no change), or None where the paper gives none.
         identity: options under which nothing may change, or a sentence that says why there are none.
-        needs: what must be handed over or be there: calibration, draft, teacher, cuda, steps.
+        needs: what must be handed over or be there (`NEEDS`).
         hosts: kinds of host it works on (decoder, diffusion_lm, vit, denoiser, module), empty for any in training.
         experiment: (workload, plan): the smallest honest experiment, about 3 minutes on two cores.
+        tune: option to its (lowest, highest) value, both above 0: what `hasten tune` searches, evenly in the logarithm.
         when: when to use it; `when_not`: when not to.
     """
 
@@ -46,6 +47,7 @@ class Card:
     when_not: str
     needs: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    tune: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind, given, known in (
@@ -55,6 +57,8 @@ class Card:
         ):
             for word in given:
                 assert word in known, f"unknown {kind} {word!r} on the card of {self.title!r}"
+        for name, (low, high) in self.tune.items():
+            assert 0 < low < high, f"the range of {name} on the card of {self.title!r} is not 0 < low < high"
 
 
 def read_card(file: pathlib.Path) -> Card:

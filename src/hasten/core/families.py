@@ -47,6 +47,8 @@ SEAMS: dict[str, str] = {
     "batch.select": "which examples are chosen",
     "batch.shape": "the shape of a batch",
     "loss": "what is minimised",
+    "step.passes": "which passes a step makes, with which weights and inputs",
+    "optim.state": "what the optimizer remembers",
     "optim.update": "how a gradient becomes a step",
     "lr": "the learning rate of each step",
     "grad.comm": "how gradients are exchanged",

@@ -274,6 +274,9 @@ _HOW_TO_GIVE = {
     "teacher": "a teacher model: pass teacher=MODEL",
     "cuda": "an NVIDIA GPU, and this machine shows none",
     "steps": "the number of training steps: pass steps=N",
+    "losses": "the loss of each example: pass losses=FUNCTION, (model, batch) -> [batch]",
+    "proxy": "a small model to train for the selection: pass proxy=MODEL",
+    "downstream": "data of the task that comes after: pass downstream=BATCHES",
 }
 
 

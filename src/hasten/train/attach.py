@@ -1,9 +1,13 @@
-"""The beginning of a run: checks, then the plan's methods. Families that change models install, others attach."""
+"""The beginning of a run: checks, then the plan's methods. Families that change models install, others attach.
+
+A method with an `attach(run)` of its own hooks the run itself; all others are attached by their family's base.
+"""
 
 import importlib
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
@@ -27,7 +31,7 @@ def attach_plan(run: Any, context: Context) -> None:
     for method in run.plan.methods:
         base = family(method)
         bases.append(base)
-        if not hasattr(base, "install") and not hasattr(base, "attach"):
+        if not any(hasattr(one, verb) for one, verb in ((base, "install"), (base, "attach"), (method, "attach"))):
             problems.append(
                 f"{method.name} can't take part in training: its family neither changes a model nor hooks a run"
             )
@@ -40,7 +44,9 @@ def attach_plan(run: Any, context: Context) -> None:
         for method, base in zip(run.plan.methods, bases, strict=True):
             if hasattr(base, "install") and not getattr(method, "training_only", False):
                 run.resize(lambda _, method=method, base=base: _install(base, method, run, context))
-            if hasattr(base, "attach"):
+            if hasattr(method, "attach"):
+                method.attach(run)
+            elif hasattr(base, "attach"):
                 base.attach(method, run)
     except BaseException:
         run.finish()
@@ -90,3 +96,9 @@ def check_arguments(model: nn.Module, optimizer: Any, steps: Any, accumulate: An
         problems.append(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
     if problems:
         raise UsageError("; ".join(problems))
+
+
+def check_loss(loss: Any, graph: bool = True) -> None:
+    """Raises `UsageError` where a loss is no tensor of one number or, with `graph`, depends on no weight."""
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or (graph and not loss.requires_grad):
+        raise UsageError("run.backward takes a tensor of one number that depends on the weights: loss.mean()?")

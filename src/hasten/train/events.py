@@ -6,6 +6,7 @@ from typing import Any
 from hasten.core.errors import UsageError, nearest
 
 EVENTS: dict[str, str] = {
+    "pass": "(run) -> None: before a pass over the data begins",
     "batch_chosen": "(run, batch) -> batch: which examples this batch holds",
     "batch_shaped": "(run, batch) -> batch: the shape of the chosen batch",
     "forward": "(run, batch) -> None: just before the batch is handed to the loop that runs the model",

@@ -1,6 +1,7 @@
 """The learning rate of each step: base rate x schedule x what methods multiply on top.
 
-The base rate of a parameter group is its `initial_lr`, torch's own key, which survives a resize of the weights.
+The base rate of a parameter group is its `initial_lr`, torch's own key, which survives a resize of the weights. Where a
+group has an `lr_factor`, its rate is multiplied by that as well.
 """
 
 import inspect
@@ -60,13 +61,13 @@ class Rates:
         for factor in self._multiply:
             on_top *= float(factor(run))
         back = None
-        if factors is None and self._multiply:
+        if factors is None and (self._multiply or any("lr_factor" in group for group in groups)):
             back = [float(group["lr"]) for group in groups]
             for group, rate in zip(groups, back, strict=True):
-                _set(group, rate * on_top)
+                _set(group, rate * on_top * group.get("lr_factor", 1.0))
         elif factors is not None:
             for group, factor in zip(groups, factors, strict=True):
-                _set(group, group["initial_lr"] * factor * on_top)
+                _set(group, group["initial_lr"] * factor * on_top * group.get("lr_factor", 1.0))
         self.used = [group["lr"] for group in groups]
         return back
 

@@ -24,13 +24,15 @@ from hasten.core.plans import Plan
 from hasten.hosts.base import Host
 from hasten.hosts.changes import Changes
 from hasten.hosts.context import Context
-from hasten.train import checkpoint, distributed, randomness, resize
-from hasten.train.attach import attach_plan, check_arguments, find_host
-from hasten.train.events import Hook, Hooks
+from hasten.train import checkpoint, distributed, randomness
+from hasten.train.attach import attach_plan, check_arguments, check_loss, find_host
+from hasten.train.events import Hooks
+from hasten.train.passes import Passes
 from hasten.train.precision import Scaler, autocast, wrap_forward
-from hasten.train.rates import Factor, Rates
+from hasten.train.rates import Rates
 from hasten.train.stream import END, Stream
 from hasten.train.trainer import LossFunction, Slice, train_slice
+from hasten.train.verbs import Verbs
 
 MOST_SKIPPED = 50
 
@@ -39,7 +41,7 @@ class NotFiniteError(HastenError, ArithmeticError):
     """The loss became NaN or infinite."""
 
 
-class Run:
+class Run(Verbs):
     """One training run.
 
     Args:
@@ -50,7 +52,8 @@ class Run:
         plan: methods, as `Plan.of` takes them.
         host: where the model keeps its parts; found by the model's structure when None.
         context: calibration data, a draft, a teacher for methods that change the model.
-        teacher: that of the context, for a run without one; for methods that learn from another model.
+        teacher, proxy, downstream, losses: those of the context, for a run without one; what methods' cards may need:
+            a model to learn from, a small one to train, batches of a later task, (model, batch) -> [batch] losses.
         steps: optimizer steps in all.
         accumulate: batches per optimizer step. The last group of a pass without `steps` may be smaller; its gradients
             are the mean over the batches it has.
@@ -81,6 +84,9 @@ class Run:
         host: Host | None = None,
         context: Context | None = None,
         teacher: nn.Module | None = None,
+        proxy: nn.Module | None = None,
+        downstream: Iterable[Any] | None = None,
+        losses: Callable[[nn.Module, Any], torch.Tensor] | None = None,
         steps: int | None = None,
         accumulate: int = 1,
         clip: float | None = None,
@@ -99,8 +105,9 @@ class Run:
         self.changes = Changes()
         self.gradient_norm: torch.Tensor | None = None
         self.rates = Rates(schedule)
-        self.stream = Stream(loader, self.device)
         self.hooks = Hooks()
+        self.stream = Stream(loader, self.device, lambda: self.hooks.fire("pass", self))
+        self.passes = Passes()
         self.generators: dict[str, torch.Generator] = {}
         self.scaler = Scaler(precision, self.device)
         self.own_random = randomness.Own(seed + self.rank, self.device)
@@ -112,7 +119,8 @@ class Run:
         self._sync = contextlib.ExitStack()
         if self.processes > 1 and accumulate > 1 and steps is None and self.stream.length() is None:
             raise UsageError("accumulating over several processes needs steps=N or a loader with a length")
-        self.context = context or Context(teacher=teacher, seed=seed)
+        given = {"teacher": teacher, "proxy": proxy, "downstream": downstream, "losses": losses}
+        self.context = context or Context(**given, seed=seed)  # type: ignore[arg-type]
         attach_plan(self, self.context)
         wrap_forward(model, precision, self.device, self.changes)
         if resume is not None:
@@ -158,73 +166,14 @@ class Run:
             self._held = list(held.values())
         return self._held
 
-    def generator(self, name: str, device: str = "cpu") -> torch.Generator:
-        """A random generator of a method's own, seeded by `seed` and the name, and kept in checkpoints."""
-        if name not in self.generators:
-            made = torch.Generator(device=device)
-            made.manual_seed((self.seed * 1_000_003 + sum(b * 257**i for i, b in enumerate(name.encode()))) % 2**63)
-            self.generators[name] = made
-        return self.generators[name]
-
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The run's autocast region, for computation outside the model's forward."""
         return autocast(self.precision, self.device)
 
-    # The executor's verbs.
-
-    def on(self, event: str, hook: Hook) -> None:
-        """Calls `hook` at each event of that name (`hasten.train.events.EVENTS`)."""
-        self.hooks.add(event, hook)
-
-    def replace_optimizer(self, make: Callable[[Optimizer, "Run"], Optimizer]) -> None:
-        """Puts `make(optimizer, run)` in the optimizer's place; its groups' `lr` are the base rates from then on."""
-        made = make(self.optimizer, self)
-        if not isinstance(made, Optimizer):
-            raise UsageError(f"an optimizer is a torch.optim.Optimizer, not {type(made).__name__}")
-        self.optimizer, self._held = made, None
-
-    def scale_lr(self, factor: Factor) -> None:
-        """Sets each step's rate to base rate x `factor(run)`, in place of the person's schedule."""
-        self.rates.claim(factor)
-
-    def multiply_lr(self, factor: Factor) -> None:
-        """Multiplies each step's rate by `factor(run)`, on top of any schedule."""
-        self.rates.multiply(factor)
-
-    def more(self, count: int) -> list[Any]:
-        """The next `count` raw batches, taken out of the stream; fewer at the end of a pass that does not repeat."""
-        found = []
-        for _ in range(count):
-            batch = self.stream.next(repeat=self.steps is not None)
-            if batch is END:
-                self._at_end = True
-                break
-            found.append(batch)
-        return found
-
-    def resize(self, change: Callable[["Run"], Any]) -> None:
-        """Swaps weights between two optimizer steps; the optimizer follows, then the event `resize` fires.
-
-        Args:
-            change: alters the model and returns {new parameter: old one, or None for a fresh one}; several may share an
-                old one. Parameters that it does not name keep their place, are gone, or are fresh.
-
-        Raises:
-            UsageError: in the middle of an accumulation, or under DDP or FSDP, which hold on to the old weights.
-        """
-        if self._micro:
-            raise UsageError("weights can be resized only between two optimizer steps: do it in a 'step' hook")
-        before = dict(self.model.named_parameters())
-        mapping = change(self)
-        after = dict(self.model.named_parameters())
-        self._held = None
-        if self.processes > 1 and [*map(id, before.values())] != [*map(id, after.values())]:
-            raise UsageError(
-                "DDP and FSDP can't follow new weights: change the model before prepare(), or use one process"
-            )
-        if mapping or {id(p) for p in before.values()} != {id(p) for p in after.values()}:
-            resize.follow(self.optimizer, before, after, resize.checked(mapping, before))
-            self.hooks.fire("resize", self)
+    @property
+    def losses(self) -> Callable[[nn.Module, Any], torch.Tensor] | None:
+        """(model, batch) -> [batch], the loss of each example; None where the person gave none."""
+        return self.context.losses
 
     # The loop.
 
@@ -245,14 +194,19 @@ class Run:
             raise UsageError("this run is finished: make a new one")
         if self._in_hand:
             raise UsageError("run.backward(loss) was not called for the last batch: call it once for each batch")
-        raw = END if self.done else self.stream.next(repeat=self.steps is not None)
-        if raw is END:
-            self._at_end = True
-            if self._micro:
-                self._rescale(self.accumulate / self._micro)
-                self._finish_step()
-            return END
-        batch = self.hooks.fold("batch_shaped", self, self.hooks.fold("batch_chosen", self, raw))
+        if not self.passes.open:
+            raw = END if self.done else self.stream.next(repeat=self.steps is not None)
+            if raw is END:
+                self._at_end = True
+                if self._micro:
+                    self._rescale(self.accumulate / self._micro)
+                    self._finish_step()
+                return END
+            batch = self.hooks.fold("batch_shaped", self, self.hooks.fold("batch_chosen", self, raw))
+            if self.passes.claimed:
+                self.passes.begin(self, batch)
+        if self.passes.open:
+            batch = self.passes.take()
         last = self._micro + 1 == self.accumulate or (self.steps is None and self.stream.at_end())
         self._sync.enter_context(distributed.exchange(self.model, last))
         self._in_hand = True
@@ -262,6 +216,7 @@ class Run:
     def _drop(self) -> None:
         self._in_hand = False
         self._sync.close()
+        self.passes.close()
 
     def backward(self, loss: torch.Tensor) -> None:
         """The backward pass of one batch's loss (a 0-d tensor), and the optimizer step when its group is complete.
@@ -275,13 +230,25 @@ class Run:
             raise UsageError(
                 "run.backward(loss) was called twice for a batch, or without one: call it once for each batch"
             )
+        if self.passes.open:
+            check_loss(loss, graph=False)
+            over, found, seen = self.passes.send(loss)
+            if not over:
+                self._in_hand = False
+                return
+            if found is None:
+                self._count(seen)
+                return
+            loss = found
         loss = self.hooks.fold("loss", self, loss)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise UsageError("run.backward takes a tensor of one number that depends on the weights: loss.mean()?")
+        check_loss(loss)
         loss = loss.reshape(())
-        seen = loss.detach().float()
-        self._sum = seen if self._sum is None else self._sum + seen
         self.scaler.scale(loss / self.accumulate if self.accumulate > 1 else loss).backward()
+        self._count(loss.detach().float())
+
+    def _count(self, seen: torch.Tensor) -> None:
+        """One batch is done, with its gradients where there are any."""
+        self._sum = seen if self._sum is None else self._sum + seen
         self._drop()
         self.hooks.fire("backward", self)
         self._micro += 1
@@ -355,7 +322,7 @@ class Run:
     @property
     def in_hand(self) -> bool:
         """Whether a batch waits for its backward pass."""
-        return self._in_hand
+        return self._in_hand or self.passes.open
 
     def progress_state(self) -> dict[str, Any]:
         return {"micro": self._micro, "sum": self._sum, "loss": self._loss, "at_end": self._at_end}

@@ -10,7 +10,7 @@ again from those states, which gives the same order, and the batches taken are p
 - Not exact: a sampler that draws from the global random states while the epoch runs, as the model's draws come between.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,15 +28,18 @@ class Stream:
     Attributes:
         epoch: finished passes over the loader.
         taken: batches taken in this pass.
+
+    Args:
+        on_pass: called before each pass that is begun anew, not before one that a checkpoint goes on with.
     """
 
-    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+    def __init__(self, loader: Iterable[Any], device: torch.device, on_pass: Callable[[], None] = lambda: None) -> None:
         if not hasattr(loader, "__iter__"):
             raise UsageError(f"the loader must be a DataLoader or another iterable, not {type(loader).__name__}")
         self.loader = loader
         self.epoch = 0
         self.taken = 0
-        self._device = device
+        self._device, self._on_pass = device, on_pass
         self._iterator: Iterator[Any] | None = None
         self._start: dict[str, Any] | None = None
 
@@ -47,6 +50,7 @@ class Stream:
             UsageError: the loader is empty, or can be read only once and is at its end.
         """
         if self._iterator is None:
+            self._on_pass()
             self._begin()
         batch = next(self._iterator, END)  # type: ignore[arg-type]
         if batch is END:
@@ -57,6 +61,10 @@ class Stream:
             return self.next(repeat) if repeat else END
         self.taken += 1
         return batch
+
+    def replace(self, loader: Iterable[Any]) -> None:
+        """Another loader, from the next pass on."""
+        self.loader = loader
 
     def at_end(self) -> bool:
         """Whether the batch just taken was the last of its pass; False where the loader has no length."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,7 +44,8 @@ class Metric:
 class Workload(Options):
     """Base of workloads; a field is an option (`stdlib-lm(task=generate, prompt=512)`).
 
-    A workload for training overrides `build`, `batches`, `optimizer`, `loss`, `evaluate` and the four training figures;
+    A workload for training overrides `build`, `batches`, `optimizer`, `losses` (or `loss`), `evaluate` and the four
+    training figures;
     one for inference overrides `trained`, `requests`, `serve`, `quality`. All tensors live on `self.device()`.
     """
 
@@ -74,6 +75,7 @@ class Workload(Options):
     limit: ClassVar[float] = 2.0
     evaluate_every: ClassVar[int] = 10
     clip: ClassVar[float | None] = 1.0
+    tunable: ClassVar[Mapping[str, tuple[float, float]]] = {}  # option: (lowest, highest), for `hasten tune`
 
     def build(self, seed: int) -> nn.Module:
         """A fresh model."""
@@ -92,7 +94,20 @@ class Workload(Options):
         return 1.0
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """What training minimises; the mean of `losses` unless a workload says otherwise."""
+        return self.losses(model, batch).mean()
+
+    def losses(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """The loss of each example of a batch, [batch], for methods that choose among examples."""
         raise NotImplementedError
+
+    def proxy(self, seed: int) -> nn.Module | None:
+        """A fresh small model for methods that choose data by one, where there is one."""
+        return None
+
+    def downstream(self) -> list[Any] | None:
+        """Batches of a task that comes after this one, where there is one."""
+        return None
 
     def evaluate(self, model: nn.Module) -> np.ndarray:
         """Quality of each held-out example, [examples, ...]; untimed."""
@@ -131,6 +146,17 @@ class Workload(Options):
     def teacher(self) -> nn.Module | None:
         """A model that methods learn from, where there is one."""
         return None
+
+    def lent(self, methods: Iterable[Any], seed: int) -> dict[str, Any]:
+        """What a training run is handed beside model, optimizer and data, as far as the methods' cards ask for it."""
+        needs = {need for method in methods for need in method.card.needs}
+        has: dict[str, Callable[[], Any]] = {
+            "teacher": self.teacher,
+            "proxy": lambda: self.proxy(seed),
+            "downstream": self.downstream,
+            "losses": lambda: self.losses,
+        }
+        return {need: get() for need, get in has.items() if need in needs}
 
     def handed(self, methods: Iterable[Any]) -> dict[str, Any]:
         """What `hasten.apply` is handed beside the model, as far as the methods' cards ask for it."""

@@ -51,6 +51,8 @@ class DigitsViT(Workload):
     warmup: float = option(0.3, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(0.7, "held-out cross-entropy in nats at which training stops", above=0)
 
+    tunable = {"lr": (5e-4, 2e-2), "warmup": (0.02, 0.5)}
+
     @classmethod
     def title(cls) -> str:
         return "digits-vit"
@@ -83,9 +85,9 @@ class DigitsViT(Workload):
     def schedule(self, step: int, steps: int) -> float:
         return warm_cosine(step, steps, self.warmup)
 
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+    def losses(self, model: nn.Module, batch: Any) -> torch.Tensor:
         images, labels = batch
-        return nn.functional.cross_entropy(model(pixel_values=images).logits, labels)
+        return nn.functional.cross_entropy(model(pixel_values=images).logits, labels, reduction="none")
 
     @torch.inference_mode()
     def evaluate(self, model: nn.Module) -> np.ndarray:

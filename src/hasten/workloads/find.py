@@ -10,20 +10,19 @@ from hasten.core.errors import PlanError, UsageError, nearest
 from hasten.core.plans import read_arguments
 from hasten.workloads.base import Workload
 
-BUNDLED = {
-    "stdlib-lm": "hasten.workloads.stdlib_lm",
-    "stdlib-rag": "hasten.workloads.stdlib_rag",
-    "stdlib-denoiser": "hasten.workloads.stdlib_denoiser",
+_ELSEWHERE = {
     "stdlib-upscale": "hasten.workloads.upscale",
     "stdlib-recover": "hasten.workloads.recover",
     "stdlib-written": "hasten.workloads.written",
     "constrained-lm": "hasten.workloads.constrained",
     "sums-lm": "hasten.workloads.reasoning",
-    "speed-bench": "hasten.workloads.speed_bench",
-    "digits-vit": "hasten.workloads.digits_vit",
-    "digits-dit": "hasten.workloads.digits_dit",
-    "llama2c": "hasten.workloads.llama2c",
-    "cifar": "hasten.workloads.cifar",
+}
+_HERE = pathlib.Path(__file__).parent
+# A file of this folder that ends by naming its WORKLOAD is bundled under its own name, with dashes.
+BUNDLED = _ELSEWHERE | {
+    file.stem.replace("_", "-"): f"hasten.workloads.{file.stem}"
+    for file in sorted(_HERE.glob("*.py"))
+    if f"hasten.workloads.{file.stem}" not in _ELSEWHERE.values() and "\nWORKLOAD = " in file.read_text("utf-8")
 }
 
 

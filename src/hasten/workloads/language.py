@@ -43,6 +43,8 @@ class LanguageModel(Workload):
 
     per_nat = 1.0
 
+    tunable = {"lr": (5e-4, 1e-2), "warmup": (0.02, 0.5)}
+
     def tasks(self) -> tuple[str, ...]:
         return ("generate", "perplexity", "needle", "train")
 
@@ -110,6 +112,10 @@ class LanguageModel(Workload):
     def loss(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         logits = model(input_ids=batch[:, :-1]).logits
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def losses(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=batch[:, :-1]).logits.float()
+        return nn.functional.cross_entropy(logits.mT, batch[:, 1:], reduction="none").mean(1)
 
     def evaluate(self, model: nn.Module) -> np.ndarray:
         count = min(64, max(8, 64 * 256 // self.length))  # long examples: as many bytes, not as many examples
