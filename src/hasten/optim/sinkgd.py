@@ -6,7 +6,7 @@ The l2 norms take the place of Adam's second moment, so that a matrix needs no o
 
 G, X, W: [m, n]; Q(X), R(X): the diagonal matrices of the l2 norms of X's rows and columns; in the end X's root mean
 square is 1. The fast path uses that X = diag(u)^1/2 G diag(v)^1/2 all along, with u = n / (S v), v = m / (S' u) and
-S = G * G: it is the classical Sinkhorn iteration on S, so an iteration reads S twice and writes vectors only.
+S = G * G: it is the classical Sinkhorn iteration on S, so an iteration only reads G, and writes vectors.
 
 Departures: `lr` is the paper's product alpha eta (0.05 x 0.02). The other parameters keep the person's own optimizer
 and, unless `rest_lr` is given, its learning rate; the paper uses Adam with eta, 20 times the matrices' rate. `momentum`
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hasten.core.cards import Card
 from hasten.core.options import Method, option
+from hasten.kernels.sinkhorn import sinkhorn, sinkhorn_step_
 
 CARD = Card(
     title="Gradient Multi-Normalization for Stateless and Scalable LLM Training",
@@ -34,9 +35,6 @@ CARD = Card(
     when="Training a transformer from scratch, above all where the memory of the optimizer's state is short.",
     when_not="Fine-tuning. The best rate lies in a narrow range: tune `lr` by factors of two, and the warm-up with it.",
 )
-
-
-_SMALL = 1e-30  # far below the square of any entry that counts
 
 
 def naive_sinkgd(gradient: Tensor, iterations: int) -> Tensor:
@@ -60,16 +58,8 @@ def naive_sinkgd(gradient: Tensor, iterations: int) -> Tensor:
 
 
 def sinkgd(gradient: Tensor, iterations: int) -> Tensor:
-    """As `naive_sinkgd`, for a stack of matrices at once and with two products of matrix and vector an iteration."""
-    m, n = gradient.shape[-2:]
-    g = gradient.float()
-    g = g / g.flatten(-2).abs().amax(-1)[..., None, None].clamp_min(_SMALL)  # the result does not depend on G's scale
-    s = g * g
-    v = torch.ones_like(g[..., :1, :])  # [..., 1, n]; row vectors, for which the products are several times faster
-    for _ in range(iterations):
-        u = n / (v @ s.mT).clamp_min(_SMALL)  # [..., 1, m]
-        v = m / (u @ s).clamp_min(_SMALL)
-    return g.mul_(u.sqrt().mT).mul_(v.sqrt())
+    """As `naive_sinkgd`, reading a matrix once an iteration (`hasten.kernels.sinkhorn`)."""
+    return sinkhorn(gradient, iterations)
 
 
 @dataclass(frozen=True)
@@ -93,6 +83,26 @@ class SinkGD(Method):
             gradients = average.lerp(gradients.float(), 1 - self.momentum)  # Nesterov's look ahead
             state = {"average": average}
         return sinkgd(gradients, self.iterations), state
+
+    def step_(
+        self,
+        weights: list[Tensor],
+        gradients: list[Tensor],
+        state: dict[str, list[Tensor]],
+        lr: float,
+        weight_decay: float,
+    ) -> bool:
+        """`update` and the step in place, for matrices [m_i, n_i] of any shapes; False: these tensors need `update`."""
+        averages = state["average"] if self.momentum else None
+        return sinkhorn_step_(
+            weights,
+            gradients,
+            averages,
+            iterations=self.iterations,
+            momentum=self.momentum,
+            lr=lr,
+            decay=weight_decay,
+        )
 
 
 METHOD = SinkGD
