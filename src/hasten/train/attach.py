@@ -48,6 +48,7 @@ def attach_plan(run: Any, context: Context) -> None:
                 method.attach(run)
             elif hasattr(base, "attach"):
                 base.attach(method, run)
+        run.hooks.fire("attached", run)
     except BaseException:
         run.finish()
         run.host.changes.undo(mark)

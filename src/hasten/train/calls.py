@@ -78,12 +78,10 @@ class Calls:
         if self._enter is not None:
             changed = self._enter(inputs)
             inputs = inputs if changed is None else changed
-            more = self._more()
-            for name in bound.arguments:
-                if name != more:
-                    bound.arguments[name] = inputs[name]
-            if more is not None and more in bound.arguments:
-                bound.arguments[more] = {name: inputs[name] for name in bound.arguments[more]}
+            more, named = self._more(), set(self._signature.parameters) - {self._more()}
+            bound.arguments.update({name: value for name, value in inputs.items() if name in named})
+            if more is not None:
+                bound.arguments[more] = {name: value for name, value in inputs.items() if name not in named}
         self._entered.append(inputs)
         return (bound.args, bound.kwargs) if self._enter is not None else None
 

@@ -6,6 +6,7 @@ from typing import Any
 from hasten.core.errors import UsageError, nearest
 
 EVENTS: dict[str, str] = {
+    "attached": "(run) -> None: all methods of the plan are attached; a checkpoint is loaded afterwards",
     "pass": "(run) -> None: before a pass over the data begins",
     "batch_chosen": "(run, batch) -> batch: which examples this batch holds",
     "batch_shaped": "(run, batch) -> batch: the shape of the chosen batch",
