@@ -91,18 +91,31 @@ class StackOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = evaluated(closure)
         found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        rates = {p: (float(group["lr"]), group["weight_decay"]) for p, group in found}
-        for stack in stacks(p for p, _ in found):
+        rates = {p: (float(group["lr"]), float(group["weight_decay"])) for p, group in found}
+        if self._step_in_place(rates):
+            return loss
+        for stack in stacks(rates):
             self._step_stack(stack, [rates[p][0] for p in stack], [rates[p][1] for p in stack])
         return loss
 
+    def _begin(self, weights: list[Tensor]) -> None:
+        for p in weights:
+            if p not in self.state and (fresh := self.method.init(p[None])):
+                self.state[p] = {name: value[0] for name, value in fresh.items()}
+
+    def _step_in_place(self, rates: dict[Tensor, tuple[float, float]]) -> bool:
+        """Whether the method has a step in place (`step_`) and took these matrices."""
+        if not rates or not hasattr(self.method, "step_"):
+            return False
+        weights = list(rates)
+        self._begin(weights)
+        state = {name: [self.state[p][name] for p in weights] for name in self.state.get(weights[0], ())}
+        gradients, (lr, decay) = [cast(Tensor, p.grad) for p in weights], zip(*rates.values(), strict=True)
+        return bool(self.method.step_(weights, gradients, state, [*lr], [*decay]))
+
     def _step_stack(self, weights: list[Tensor], lr: list[float], decay: list[float]) -> None:
         gradients = _stacked([p.grad for p in weights])  # type: ignore[misc]
-        if any(p not in self.state for p in weights):
-            fresh = self.method.init(_stacked(weights))
-            for place, p in enumerate(weights):
-                if p not in self.state and fresh:
-                    self.state[p] = {name: value[place].clone() for name, value in fresh.items()}
+        self._begin(weights)
         names = list(self.state[weights[0]]) if weights[0] in self.state else []
         state = {name: _stacked([self.state[p][name] for p in weights]) for name in names}
         step, state = self.method.update(gradients, state)

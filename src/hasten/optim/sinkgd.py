@@ -89,8 +89,8 @@ class SinkGD(Method):
         weights: list[Tensor],
         gradients: list[Tensor],
         state: dict[str, list[Tensor]],
-        lr: float,
-        weight_decay: float,
+        lr: list[float],
+        decay: list[float],
     ) -> bool:
         """`update` and the step in place, for matrices [m_i, n_i] of any shapes; False: these tensors need `update`."""
         averages = state["average"] if self.momentum else None
@@ -101,7 +101,7 @@ class SinkGD(Method):
             iterations=self.iterations,
             momentum=self.momentum,
             lr=lr,
-            decay=weight_decay,
+            decay=decay,
         )
 
 
