@@ -49,13 +49,14 @@ def test_a_step_in_place(momentum):
     weights, gradients = ([random(*shape, seed=seed) for shape in shapes] for seed in (2, 3))
     averages = [random(*shape, seed=4) for shape in shapes]
     wanted, moved = [], []
-    for w, g, a in zip(weights, gradients, averages, strict=True):
+    rates, decay = [0.1, 0.2, 0.3, 0.4], [0.5, 0.0, 0.5, 1.0]
+    for w, g, a, lr, d in zip(weights, gradients, averages, rates, decay, strict=True):
         moved.append(a + (1 - momentum) * (g - a) if momentum else a.clone())
         x = moved[-1] + (1 - momentum) * (g - moved[-1]) if momentum else g
-        wanted.append((1 - 0.1 * 0.5) * w - 0.1 * module._in_torch(x, 4))
+        wanted.append((1 - lr * d) * w - lr * module._in_torch(x, 4))
     kept = [g.clone() for g in gradients]
     given = averages if momentum else None
-    assert sinkhorn_step_(weights, gradients, given, iterations=4, momentum=momentum, lr=0.1, decay=0.5)
+    assert sinkhorn_step_(weights, gradients, given, iterations=4, momentum=momentum, lr=rates, decay=decay)
     for found, right in zip((*weights, *averages, *gradients), (*wanted, *moved, *kept), strict=True):
         torch.testing.assert_close(found, right, rtol=2e-5, atol=2e-6)
 
@@ -64,7 +65,7 @@ def test_what_the_kernel_can_not_take_is_left_alone():
     for weight in (random(4, 6).bfloat16(), random(6, 4).mT, random(4, 6).double()):
         before = weight.clone()
         assert not sinkhorn_step_(
-            [weight], [torch.ones_like(weight)], None, iterations=1, momentum=0.0, lr=0.1, decay=0.0
+            [weight], [torch.ones_like(weight)], None, iterations=1, momentum=0.0, lr=[0.1], decay=[0.0]
         )
         assert torch.equal(weight, before)
 
@@ -74,7 +75,7 @@ def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(module, "kernel", lambda: None)
     torch.testing.assert_close(sinkhorn(random(3, 5, 7), 3), wanted, rtol=2e-5, atol=2e-5)
     weight = random(5, 7)
-    assert not sinkhorn_step_([weight], [weight], None, iterations=3, momentum=0.0, lr=0.1, decay=0.0)
+    assert not sinkhorn_step_([weight], [weight], None, iterations=3, momentum=0.0, lr=[0.1], decay=[0.0])
 
 
 def test_a_gradient_that_is_not_finite_is_not_hidden():

@@ -128,15 +128,16 @@ void step(float *w, const float *g, float *average, int64_t m, int64_t n, int64_
 
 }  // namespace
 
-// weights, gradients, averages: `count` pointers to matrices of shapes [m, n] (pairs in `shapes`), floats without gaps;
-// averages is null without momentum. Small matrices go to the threads one by one, large ones to all of them.
+// W <- keep W - rate X. weights, gradients, averages: `count` pointers to matrices of shapes [m, n] (`shapes`),
+// floats without gaps; averages is null without momentum. Small matrices go to the threads one by one, large ones to
+// all of them.
 extern "C" void hasten_sinkhorn_step(float *const *weights, const float *const *gradients, float *const *averages,
-                                     const int64_t *shapes, int64_t count, int64_t iterations, float momentum,
-                                     float rate, float keep, int threads) {
+                                     const int64_t *shapes, const float *rates, const float *keeps, int64_t count,
+                                     int64_t iterations, float momentum, int threads) {
     const auto large = [&](int64_t k) { return shapes[2 * k] * shapes[2 * k + 1] >= 2 * CHUNK; };
     const auto take = [&](int64_t k, Buffers &at) {
         step(weights[k], gradients[k], averages ? averages[k] : nullptr, shapes[2 * k], shapes[2 * k + 1], iterations,
-             momentum, rate, keep, threads, at);
+             momentum, rates[k], keeps[k], threads, at);
     };
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

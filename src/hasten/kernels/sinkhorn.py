@@ -32,7 +32,8 @@ def sinkhorn(gradient: Tensor, iterations: int) -> Tensor:
     matrices = gradient.detach().float().contiguous()
     out = torch.zeros_like(matrices)
     shape = (-1, *gradient.shape[-2:])
-    _run(out.view(shape).unbind(), matrices.view(shape).unbind(), None, iterations, 0.0, -1.0, 1.0)
+    parts = out.view(shape).unbind()
+    _run(parts, matrices.view(shape).unbind(), None, iterations, 0.0, [-1.0] * len(parts), [1.0] * len(parts))
     return out
 
 
@@ -55,8 +56,8 @@ def sinkhorn_step_(
     *,
     iterations: int,
     momentum: float,
-    lr: float,
-    decay: float,
+    lr: Sequence[float],
+    decay: Sequence[float],
 ) -> bool:
     """W <- (1 - lr decay) W - lr X in place, X the `sinkhorn` of the gradient or of its average, looked ahead.
 
@@ -64,6 +65,7 @@ def sinkhorn_step_(
 
     Args:
         weights, gradients, averages: matrices [m_i, n_i] each, in fp32, contiguous and on the CPU; no averages: none.
+        lr, decay: one of each for each matrix.
 
     Returns:
         Whether it was done; False, and nothing is changed, where the native kernel can't take these tensors.
@@ -73,7 +75,8 @@ def sinkhorn_step_(
         t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous() and not _sharded(t) for t in every
     ):
         return False
-    _run(weights, gradients, averages, iterations, momentum, lr, 1 - lr * decay)
+    keeps = [1 - rate * part for rate, part in zip(lr, decay, strict=True)]
+    _run(weights, gradients, averages, iterations, momentum, lr, keeps)
     return True
 
 
@@ -87,8 +90,8 @@ def _run(
     averages: Sequence[Tensor] | None,
     iterations: int,
     momentum: float,
-    rate: float,
-    keep: float,
+    rates: Sequence[float],
+    keeps: Sequence[float],
 ) -> None:
     count, numbers = len(weights), sum(weight.numel() for weight in weights)
     shapes = (ctypes.c_int64 * (2 * count))(*(side for weight in weights for side in weight.shape))
@@ -96,7 +99,8 @@ def _run(
     assert run is not None
     threads = 1 if numbers < FEW else torch.get_num_threads()
     lists = [_pointers(weights), _pointers(gradients), _pointers(averages) if averages is not None else None]
-    run(*lists, shapes, count, iterations, momentum, rate, keep, threads)
+    factors = ((ctypes.c_float * count)(*one) for one in (rates, keeps))
+    run(*lists, shapes, *factors, count, iterations, momentum, threads)
 
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
@@ -112,9 +116,9 @@ def kernel() -> Callable[..., None] | None:
     function = library.hasten_sinkhorn_step
     function.restype = None
     function.argtypes = [
-        *[ctypes.c_void_p] * 4,
+        *[ctypes.c_void_p] * 6,
         *[ctypes.c_int64] * 2,
-        *[ctypes.c_float] * 3,
+        ctypes.c_float,
         ctypes.c_int,
     ]
     return function
