@@ -1,23 +1,50 @@
-"""Which examples a batch holds, and its shape: the protocol of batch shapes, and what makes a run's batches follow it.
+"""Which examples a batch holds, and its shape: the protocols of this family, and what makes a run's data follow them.
 
-A method that decides about the shape has one pure verb and two exponents:
+A method that does not `attach` itself has one of these verbs:
 
-    shapes(steps) -> [steps, 4]    fractions of the length T and the side S of each step's batch, and again of the two
-                                   as the learning rate follows them
-    batch_power, lr_power          the batch grows by (1 / fraction)^batch_power, the rate by that figure^lr_power
+    choose(examples, run) -> [n] int64       which examples the passes to come are made of; `every`: after how many
+                                             passes it chooses anew, 0 for never
+    batches(lengths, generator) -> lists     the batches of a pass, as lists of indices, by the examples' lengths [N, d]
+    shapes(steps) -> [steps, 4]              fractions of the length T and the side S of each step's batch, and again of
+                                             the two as the learning rate follows them; with `batch_power` and
+                                             `lr_power`: the batch grows by (1 / fraction)^batch_power, the rate by
+                                             that figure^lr_power
 
-The shape follows from `run.step` alone, so a run that is resumed goes on exactly, and processes that train together
-agree; larger batches are taken from the run's own stream, which a checkpoint holds and a sampler shards.
+Choices are made as a pass begins, on the clock, and kept in checkpoints; the order of a pass follows from the run's
+seed and the pass; processes that train together share the examples out. Shapes follow from `run.step` alone, so a run
+that is resumed goes on exactly; larger batches are taken from the run's own stream.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from hasten.core.errors import UsageError
+from hasten.data._batches import apply_to, tensors
+from hasten.data._examples import Examples
+from hasten.data._samplers import Buckets, Chosen
+
+
+class Selection(Protocol):
+    """A method that chooses examples."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def every(self) -> int: ...
+    def choose(self, examples: Examples, run: Any) -> Tensor: ...
+
+
+class Batching(Protocol):
+    """A method that puts examples together by their lengths."""
+
+    @property
+    def name(self) -> str: ...
+    def batches(self, lengths: Tensor, generator: torch.Generator) -> list[list[int]]: ...
 
 
 class Shape(Protocol):
@@ -32,12 +59,65 @@ class Shape(Protocol):
     def shapes(self, steps: int) -> Tensor: ...
 
 
-def attach(method: Shape, run: Any) -> None:
-    """Shapes the run's batches and scales its learning rate.
+def attach(method: Any, run: Any) -> None:
+    """Makes the run's data follow a method.
 
     Raises:
-        UsageError: the run's length is not known, or the model takes one image size only.
+        UsageError: the loader's data can't be chosen from or batched by length; for shapes, the run's length is not
+            known, or the model takes one image size only.
     """
+    if hasattr(method, "choose"):
+        _attach_selection(method, run)
+    elif hasattr(method, "batches"):
+        _attach_batching(method, run)
+    else:
+        _attach_shape(method, run)
+
+
+def _attach_selection(method: Selection, run: Any) -> None:
+    examples = Examples(method.name, run.loader, run.device)
+    sampler = Chosen(len(examples), run.seed, run.rank, run.processes)
+    state = run.state.setdefault(method.name, {})
+
+    def begin(run: Any) -> None:
+        if "chosen" in state and not (method.every and run.stream.epoch % method.every == 0):
+            return
+        with run.evaluation():
+            chosen = torch.as_tensor(_grad(method.choose, examples, run), dtype=torch.int64).cpu()
+        if run.processes > 1:
+            shared = [chosen]
+            dist.broadcast_object_list(shared)
+            chosen = shared[0]
+        least = examples.batch_size * run.processes if examples.loader.drop_last else 1
+        if len(chosen) < least:
+            raise UsageError(f"{method.name} chose {len(chosen)} examples, fewer than a batch of {least}: choose more")
+        sampler.choose(chosen)
+        state["chosen"] = sampler.indices
+
+    def restore(run: Any, _: Any) -> None:
+        if "chosen" in state:
+            sampler.choose(state["chosen"])
+
+    run.replace_loader(examples.loader_over(sampler))
+    run.on("pass", begin)
+    run.on("restore", restore)
+
+
+@torch.enable_grad()
+def _grad(choose: Callable[[Examples, Any], Tensor], examples: Examples, run: Any) -> Tensor:
+    """A choice may train a small model of its own."""
+    return choose(examples, run)
+
+
+def _attach_batching(method: Batching, run: Any) -> None:
+    examples = Examples(method.name, run.loader, run.device)
+    sampler = Buckets(examples.lengths(), method.batches, run.seed, run.rank, run.processes)
+    if not len(sampler):
+        raise UsageError(f"{method.name} makes fewer batches than there are processes: give more data")
+    run.replace_loader(examples.loader_over(sampler, batches=True))
+
+
+def _attach_shape(method: Shape, run: Any) -> None:
     if not run.steps:
         raise UsageError(f"{method.name} needs the number of training steps: pass steps=N")
     from hasten.hosts.sizes import take_any_size
@@ -70,32 +150,6 @@ def attach(method: Shape, run: Any) -> None:
     run.on("batch_shaped", shape)
     if power:
         run.multiply_lr(scale)
-
-
-def tensors(batch: Any) -> list[Tensor]:
-    """The batch's tensors, in order: of a tensor, a mapping, or a list or tuple."""
-    if isinstance(batch, Tensor):
-        return [batch]
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else []
-    return [part for part in parts if isinstance(part, Tensor)]
-
-
-def apply_to(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with each tensor changed; its kind and its other entries stay."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        changed = {key: change(part) if isinstance(part, Tensor) else part for key, part in batch.items()}
-        return changed if type(batch) is dict else _same_kind(batch, changed)
-    changed_list = [change(part) if isinstance(part, Tensor) else part for part in batch]
-    return type(batch)(*changed_list) if hasattr(batch, "_fields") else type(batch)(changed_list)
-
-
-def _same_kind(batch: Any, changed: dict[str, Any]) -> Any:
-    try:
-        return type(batch)(changed)
-    except TypeError:
-        return changed
 
 
 def kind_of(batch: Any) -> str:

@@ -8,6 +8,7 @@ At each named step the model's blocks become the present blocks `indices`, repea
 step 0 and makes the model small, the last gives it its full depth. Two attributes say how the optimizer goes on:
 `carry` (copies take over the state of what they copy; otherwise all state starts anew) and `warmup` (fraction of the
 run's steps in which the learning rate rises after each growth). All of it happens inside the run: it is on the clock.
+Methods that change weights in other ways `attach` themselves, through `run.resize`, after `check_growable`.
 """
 
 from typing import Any, Protocol
@@ -33,8 +34,7 @@ def attach(method: Growth, run: Any) -> None:
     Raises:
         UsageError: the run's length is not known, the depth does not fit the method, or the host can't copy layers.
     """
-    if not run.steps:
-        raise UsageError(f"{method.name} needs the number of training steps: pass steps=N")
+    check_growable(method.name, run)
     if not hasattr(run.host, "stack_layers"):
         raise UsageError(f"{method.name} copies layers, and {type(run.model).__name__} shows no list of equal layers")
     stages = method.stages(len(run.host.layers), run.steps)
@@ -80,6 +80,26 @@ def attach(method: Growth, run: Any) -> None:
     run.on("restore", restore)
     if rise:
         run.multiply_lr(rising)
+
+
+def check_growable(name: str, run: Any) -> None:
+    """Whether a run's weights can change shape.
+
+    Raises:
+        UsageError: its length is not known, several processes train, or weights or the optimizer's state are sharded.
+    """
+    if not run.steps:
+        raise UsageError(f"{name} needs the number of training steps: pass steps=N")
+    if run.processes > 1:
+        raise UsageError(f"{name} makes new weights, which DDP and FSDP can't follow: train in one process")
+    held = [
+        *run.parameters(),
+        *(v for kept in run.optimizer.state.values() if isinstance(kept, dict) for v in kept.values()),
+    ]
+    if any(hasattr(one, "device_mesh") for one in held):
+        raise UsageError(
+            f"{name} makes new weights, and these or their optimizer's state are sharded: gather them first"
+        )
 
 
 def _rebuilt(run: Any, indices: list[int]) -> dict[Any, Any]:

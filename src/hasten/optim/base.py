@@ -6,7 +6,7 @@ A method of this family has one of these verbs, all of them pure, or an `attach(
                 weights, gradients, steps: stacks [k, m, n] of k matrices of one shape; state: named stacks, k in front.
                 weight <- weight - lr (step + weight_decay weight)  with the method's `lr` and `weight_decay`.
                 `rest_lr` is the learning rate of all other parameters, or None to leave it to the person.
-                Where there is a step_(weights, gradients, state, lr, decay) -> bool, for lists of matrices of any shapes
+                Where there is a step_(weights, gradients, state, lr, decay) -> bool, for lists of matrices of any shape
                 and a rate and a decay of each, it does all of that in place; False: it can't, and has changed nothing.
     Rule:       init(weights) -> state;   update(gradients, weights, state, lr, decay) -> (changes, state)
                 lists of all parameters; a state's entry is a list, one tensor a parameter, or one tensor common to all.
