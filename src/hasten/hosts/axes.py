@@ -52,7 +52,7 @@ def reading(map: Tensor) -> Tensor:
 
 def mapped(tensor: Tensor, axes: Axes, maps: Mapping[str, Tensor]) -> Tensor:
     """One parameter with the maps {kind: [new, old]} applied along the dimensions that count these kinds."""
-    out = tensor.detach().float()
+    out = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
     for place, axis in enumerate(axes):
         map = None if axis is None else maps.get(axis.kind)
         if axis is None or map is None:

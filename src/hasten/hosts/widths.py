@@ -99,8 +99,12 @@ class Widths:
 
     def axes(self, name: str) -> Axes:
         """Of any parameter; all None where no size shows in it."""
+        return self.axes_of(name, self.host.model.get_parameter(name).ndim)
+
+    def axes_of(self, name: str, dimensions: int) -> Axes:
+        """Of a parameter that the model may not have now, such as one of a layer that is gone."""
         found = self.tower.axes(name)
-        return found if found is not None else (None,) * self.host.model.get_parameter(name).ndim
+        return found if found is not None else (None,) * dimensions
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's parameters, by name; tied ones once."""
