@@ -43,11 +43,11 @@ def test_decoalescing_keeps_the_function_of_the_small_model_where_only_the_width
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     widths = Widths(run.host)
     assert widths.sizes == Sizes(24, 2, 1, 40, 4)
-    method.coalesce(run, widths)
+    method.coalesce(run, widths, Sizes(12, 1, 1, 20, 4))
     assert widths.sizes == Sizes(12, 1, 1, 20, 4)
     wanted = logits(model, ids)
     large = {name: torch.zeros_like(p) for name, p in llama().named_parameters()}
-    Multilevel(depth=1, alpha=1.0).widen(run, widths, large)
+    Multilevel(depth=1, alpha=1.0).widen(run, widths, Sizes(24, 2, 1, 40, 4), large)
     assert widths.sizes == Sizes(24, 2, 1, 40, 4)
     torch.testing.assert_close(logits(model, ids), wanted, rtol=1e-4, atol=1e-5)
 
@@ -55,16 +55,17 @@ def test_decoalescing_keeps_the_function_of_the_small_model_where_only_the_width
 def test_coalescing_takes_back_what_decoalescing_did_and_means_of_layers():
     model = llama()
     run, method = run_of("", model=model), Multilevel(alpha=1.0)
+    large, half = Sizes(24, 2, 1, 40, 4), Sizes(12, 1, 1, 20, 2)
     widths, before = Widths(run.host), {name: p.detach().clone() for name, p in model.named_parameters()}
-    method.coalesce(run, widths)
+    method.coalesce(run, widths, half)
     assert len(model.model.layers) == 2 and model.config.num_hidden_layers == 2 and model.config.hidden_size == 12
     up = [before[f"model.layers.{layer}.mlp.up_proj.weight"] for layer in (2, 3)]
     mean = (up[0] + up[1]) / 2
     wanted = ((mean[:20] + mean[20:]) / 2)[:, :12] + ((mean[:20] + mean[20:]) / 2)[:, 12:]
     torch.testing.assert_close(model.model.layers[1].mlp.up_proj.weight.detach(), wanted)
     small = {name: p.detach().clone() for name, p in model.named_parameters()}
-    method.widen(run, widths, before)
-    method.coalesce(run, widths)
+    method.widen(run, widths, large, before)
+    method.coalesce(run, widths, half)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), small[name], rtol=1e-6, atol=1e-7)
 
@@ -88,6 +89,17 @@ def test_the_run_goes_through_the_cycle_and_interpolates_with_the_saved_weights(
     rates = [rate / 0.003 for _, rate in seen]
     assert [width for width, _ in seen] == [24, 24, 12, 12, 12, 24, 24, 24]
     torch.testing.assert_close(torch.tensor(rates), torch.tensor([1, 1, 0.5, 0.5, 0.5, 1, 1, 1]))
+
+
+def test_groups_of_heads_whose_keys_come_down_to_one_head_come_back():
+    from hosts.tiny import DECODERS
+
+    model = DECODERS["llama"]()
+    run = run_of("grow/multilevel(initial=0.25, small=0.375)", model=model, loader=[torch.arange(20)[None] % 61] * 8)
+    run.slice(language_loss, steps=3)
+    assert model.config.num_key_value_heads == 1 and model.model.layers[0].self_attn.num_key_value_groups == 2
+    finish(run)
+    assert model.config.num_key_value_heads == 2 and model.config.num_attention_heads == 4
 
 
 def state(model):

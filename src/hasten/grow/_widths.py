@@ -5,7 +5,7 @@ there before is freed, unless the run could still fail.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,24 +19,21 @@ from hasten.hosts.widths import Sizes, Widths
 Weights = dict[str, Tensor]
 
 
-def means(sizes: Sizes, by: int) -> dict[str, Tensor]:
-    """F of each kind: new channel i is the mean of the channels i, i + n / by, ...; a single kv head stays."""
-    return _of_kinds(sizes, by, lambda n: torch.eye(n // by).repeat(1, by) / by)
+def means(sizes: Sizes, wanted: Sizes) -> dict[str, Tensor]:
+    """F of each kind that shrinks, [m, n]: new channel i is the mean of the channels i, i + m, i + 2m, ..."""
+    pairs = {kind: (getattr(wanted, kind), getattr(sizes, kind)) for kind in KINDS}
+    return {kind: torch.eye(m).repeat(1, n // m) * (m / n) for kind, (m, n) in pairs.items() if m != n}
 
 
-def copies(sizes: Sizes, by: int) -> dict[str, Tensor]:
-    """T of each kind: the channels `by` times, one set after the other; a single kv head stays."""
-    return _of_kinds(sizes, by, lambda n: torch.eye(n).repeat(by, 1))
+def copies(sizes: Sizes, wanted: Sizes) -> dict[str, Tensor]:
+    """T of each kind that grows, [m, n]: all channels, then all of them again."""
+    pairs = {kind: (getattr(wanted, kind), getattr(sizes, kind)) for kind in KINDS}
+    return {kind: torch.eye(n).repeat(m // n, 1) for kind, (m, n) in pairs.items() if m != n}
 
 
 def leading(sizes: Sizes, wanted: Sizes) -> dict[str, Tensor]:
     """The first channels, heads and neurons."""
     return {kind: torch.eye(getattr(sizes, kind))[: getattr(wanted, kind)] for kind in KINDS}
-
-
-def _of_kinds(sizes: Sizes, by: int, make: Callable[[int], Tensor]) -> dict[str, Tensor]:
-    kept = {"kv_heads"} if sizes.kv_heads == 1 else set()
-    return {kind: make(getattr(sizes, kind)) for kind in KINDS if kind not in kept} if by > 1 else {}
 
 
 def remade(

@@ -27,7 +27,7 @@ from hasten.core.cards import Card
 from hasten.core.options import Method, option
 from hasten.grow import _widths
 from hasten.hosts.axes import Axis, mapped
-from hasten.hosts.widths import Widths
+from hasten.hosts.widths import Sizes, Widths
 
 CARD = Card(
     title="A Multi-Level Framework for Accelerating Training Transformer Models",
@@ -127,8 +127,7 @@ class Multilevel(Method):
         if self.levels == 1:
             return
         widths, stages = Widths(run.host), self.stages(run.steps)
-        for level in range(1, self.levels):
-            widths.check(self.width**-level, self.depth**-level)
+        sizes = [widths.check(self.width**-level, self.depth**-level) for level in range(self.levels)]
         state, at, rise = run.state[self.name], {"stage": 0}, round(self.warmup * run.steps)
         state.update(stage=0, saved={})
 
@@ -137,9 +136,9 @@ class Multilevel(Method):
                 (_, before), (_, level) = stages[now - 1], stages[now]
                 if level > before:
                     state["saved"][str(before)] = {n: t.clone() for n, t in widths.tensors().items()}
-                    self.coalesce(run, widths)
+                    self.coalesce(run, widths, sizes[level])
                 else:
-                    self.widen(run, widths, state["saved"].pop(str(level)))
+                    self.widen(run, widths, sizes[level], state["saved"].pop(str(level)))
                 at["stage"] = state["stage"] = now
 
         def step(run: Any) -> None:
@@ -163,19 +162,18 @@ class Multilevel(Method):
                 )
             )
 
-    def coalesce(self, run: Any, widths: Widths) -> None:
+    def coalesce(self, run: Any, widths: Widths, wanted: Sizes) -> None:
         """One level down."""
         sizes = widths.sizes
         groups = [list(range(j, j + self.depth)) for j in range(0, sizes.layers, self.depth)]
-        weights = _widths.remade(widths, widths.tensors(), _widths.means(sizes, self.width), groups)
+        weights = _widths.remade(widths, widths.tensors(), _widths.means(sizes, wanted), groups)
         _widths.move(run, widths, weights, [group[0] for group in groups])
 
-    def widen(self, run: Any, widths: Widths, saved: dict[str, Tensor]) -> None:
+    def widen(self, run: Any, widths: Widths, wanted: Sizes, saved: dict[str, Tensor]) -> None:
         """One level up: de-coalesced and interpolated with the weights that the larger model had."""
         sizes = widths.sizes
-        layers = _widths.stretched(sizes.layers, sizes.layers * self.depth)
-        maps = _widths.copies(sizes, self.width)
-        wide = _widths.remade(widths, widths.tensors(), maps, [[layer] for layer in layers])
+        layers = _widths.stretched(sizes.layers, wanted.layers)
+        wide = _widths.remade(widths, widths.tensors(), _widths.copies(sizes, wanted), [[layer] for layer in layers])
         weights = {name: interpolated(saved[name], tensor, self.alpha) for name, tensor in wide.items()}
         _widths.move(run, widths, weights, layers)
 
