@@ -12,6 +12,7 @@ from hasten.api import apply, load_pretrained
 from hasten.core import names
 from hasten.core.cards import HEAD_BYTES
 from hasten.core.families import FAMILIES
+from hasten.core.options import check_range
 from hasten.core.plans import Plan
 from hasten.workloads.find import workload
 
@@ -73,6 +74,10 @@ def test_card(method):
     assert card.title and card.claim and card.when and card.when_not and card.effects and card.seams
     assert len(names.method_files()[method].read_bytes()[:HEAD_BYTES]) > 500
     assert isinstance(card.identity, str) or cls(**card.identity)
+    options = {field.name: field.metadata for field in dataclasses.fields(cls)}
+    for name, ends in card.tune.items():
+        for end in ends:
+            check_range(round(end) if isinstance(getattr(cls(), name), int) else end, options[name])
     text, plan = card.experiment
     workload(text)
     assert method in [one.name for one in Plan.parse(plan).methods]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hasten.bench import gate, machine
+from hasten.bench import gate, leave_out, machine
 from hasten.bench.result import Comparison, Group, Row
 from hasten.bench.session import Progress, Session, Silent, default_out
 from hasten.bench.trials import TrialFile
@@ -36,6 +36,9 @@ def compare(
     out: "str | pathlib.Path | None" = None,
     memory: bool = True,
     gated: bool = True,
+    tuned: int = 0,
+    charge_tuning: bool = False,
+    leave_one_out: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Comparison:
@@ -55,6 +58,10 @@ def compare(
         out: folder for the trials and the report; by default one under `out/compare` that follows from the arguments.
         memory: measure each arm's peak memory in a process of its own.
         gated: first run the tests of the plans' methods (once for a source tree) where they are there.
+        tuned: trials of tuning that every arm of training, the baseline too, gets first, in at most half of the
+            budget; 0: settings stay as given. See `hasten.bench.tuning`.
+        charge_tuning: add what an arm's tuning took to the time of each of its runs.
+        leave_one_out: measure each plan also without each of its methods, and say what each gives.
 
     Raises:
         UsageError: anything wrong with the arguments, before anything is loaded.
@@ -69,6 +76,9 @@ def compare(
         out=out,
         memory=memory,
         gated=gated,
+        tuned=tuned,
+        charge_tuning=charge_tuning,
+        leave_one_out=leave_one_out,
         progress=progress,
         command=command,
     )
@@ -84,6 +94,9 @@ def compare_all(
     out: "str | pathlib.Path | None" = None,
     memory: bool = True,
     gated: bool = True,
+    tuned: int = 0,
+    charge_tuning: bool = False,
+    leave_one_out: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
 ) -> Comparison:
@@ -97,6 +110,9 @@ def compare_all(
     seconds, allowed, wanted = parse_seconds(budget), parse_share(margin, "margin"), parse_share(precision, "precision")
     if wanted == 0:
         raise UsageError("precision must be above 0")
+    check_tuning(found, tuned, charge_tuning)
+    if leave_one_out:
+        leave_out.without_one([plan for _, plans, _ in found for plan in plans])
     folder = pathlib.Path(out) if out is not None else default_out(found)
     file = TrialFile(folder / TRIALS)
     shown = progress or Silent()
@@ -124,9 +140,22 @@ def compare_all(
                 mode=mode,
                 gates=gates,
             )
+            settings = _tune(session, tuned, charge_tuning) if tuned and mode == "train" else {}
+            without: leave_out.Without = {}
+            if leave_one_out and any(len(plan) > 1 for plan in session.plans):
+                session.plans, without = leave_out.without_one(session.plans)
+                _share_settings(session, without)
+            groups[n] = _group(workload, session.plans, mode)
+            session.gates |= _gates_of(session.plans, gates)
+            for row in groups[n].rows:
+                row.facts |= settings.get(row.plan, {})
+            groups[n].baseline |= settings.get(str(Plan()), {})
             module = importlib.import_module("hasten.bench.training" if mode == "train" else "hasten.bench.serving")
             run = module.compare_training if mode == "train" else module.compare_serving
-            run(session, groups[n].rows, groups[n].baseline)
+            try:
+                run(session, groups[n].rows, groups[n].baseline)
+            finally:
+                leave_out.note_gains(session, groups[n].rows, without)
     except KeyboardInterrupt:
         interrupted = True
     from hasten.bench import report
@@ -227,6 +256,54 @@ def _overrides(found: Workload, name: str) -> bool:
     return getattr(type(found), name) is not getattr(Workload, name)
 
 
+def check_tuning(found: list[tuple[Workload, list[Plan], str]], trials: int, charge: bool) -> None:
+    """Raises `UsageError` where tuning is asked for and can't be done."""
+    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 0:
+        raise UsageError(f"tuned must be a whole number of trials, 0 for none, not {trials!r}")
+    if charge and not trials:
+        raise UsageError("there is no tuning to charge: give tuned, the number of trials, too")
+    if trials and not any(mode == "train" for _, _, mode in found):
+        raise UsageError("only plans that act on training are tuned: leave tuned out for these")
+    if trials:
+        importlib.import_module("hasten.bench.tuning").check_installed()
+
+
+def _tune(session: Session, trials: int, charge: bool) -> dict[str, dict[str, Any]]:
+    """Tunes the session's arms and puts the best plans in their place; what is said of each, by its plan's text."""
+    from hasten.bench.tuning import tune_arms
+
+    ends = time.monotonic() + session.left / 2
+    results = tune_arms(session.workload, session.plans, trials, ends, 0, session.file, session.progress)
+    session.plans = [one.best for one in results[1:]]
+    for one in results:
+        session.tuned[str(one.best)] = one.workload
+        if charge:
+            session.charged[str(one.best)] = one.wall, one.cpu
+    return {str(one.best): {"tuned": one.values, "tuning_trials": one.trials, "tuning_cpu": one.cpu} for one in results}
+
+
+def _share_settings(session: Session, without: leave_out.Without) -> None:
+    """A plan that lacks a method has the tuned settings, and is charged the tuning, of the plan that it is made of."""
+    for text, others in without.items():
+        for other in others.values():
+            if text in session.tuned:
+                session.tuned.setdefault(str(other), session.tuned[text])
+            if text in session.charged:
+                session.charged.setdefault(str(other), session.charged[text])
+
+
+def _gates_of(plans: Sequence[Plan], known: dict[str, str]) -> dict[str, str]:
+    """The state of the tests of plans with other settings, or fewer methods, than those that were checked."""
+    if not known:
+        return {}
+    states = {method.name: gate.gate(method.name).state for plan in plans for method in plan.methods}
+    return {str(plan): _state({states[method.name] for method in plan.methods}) for plan in plans}
+
+
+def _state(mine: set[str]) -> str:
+    return "red" if "red" in mine else "green" if mine == {"green"} else "not checked"
+
+
 def _gates(plans: list[Plan], progress: Progress) -> dict[str, str]:
     """The state of each plan's tests: red if any method's is, green if all are."""
     states: dict[str, str] = {}
@@ -235,8 +312,7 @@ def _gates(plans: list[Plan], progress: Progress) -> dict[str, str]:
         states[name] = gate.gate(name).state
     found = {}
     for plan in plans:
-        mine = {states[method.name] for method in plan.methods}
-        found[str(plan)] = "red" if "red" in mine else "green" if mine == {"green"} else "not checked"
+        found[str(plan)] = _state({states[method.name] for method in plan.methods})
     return found
 
 

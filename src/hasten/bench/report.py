@@ -12,6 +12,7 @@ from hasten.bench.result import (
     Group,
     Row,
     caption,
+    notes,
     spell_break_even,
     spell_memory,
     spell_quality,
@@ -151,6 +152,7 @@ def _reasons(group: Group) -> str:
     found = [f"<li>{_text(row.plan)}: {_text(row.why)}.</li>" for row in group.rows if row.why]
     found += [f"<li>{_text(row.plan)}: {_text(row.lossless)}.</li>" for row in group.rows if row.lossless]
     found += [f"<li>{_text(row.plan)}: {_text(row.drafting)}.</li>" for row in group.rows if row.drafting]
+    found += [f"<li>{_text(line)}.</li>" for line in notes(group)]
     red = [f"<li>{_text(row.plan)}: its tests fail at this source.</li>" for row in group.rows if row.gate == "red"]
     return f'<ul class="soft">{"".join(found + red)}</ul>' if found or red else ""
 

@@ -221,6 +221,30 @@ def spell_memory(row: Row) -> str:
     return spell_bytes(row.peak_bytes) + share
 
 
+def notes(group: Group) -> list[str]:
+    """The settings that tuning found, and what each method of a plan gives."""
+    lines = []
+    for name, facts in [("baseline", group.baseline), *((row.plan, row.facts) for row in group.rows)]:
+        if "tuned" in facts:
+            values = ", ".join(f"{knob}={value:.3g}" for knob, value in facts["tuned"].items()) or "as they were given"
+            lines.append(
+                f"{name}: tuned in {facts['tuning_trials']} trials ({spell_seconds(facts['tuning_cpu'])} of CPU time): "
+                + values
+            )
+    for row in group.rows:
+        lines += [
+            f"{row.plan}: {method} gives {spell_gain(found)}" for method, found in row.facts.get("gives", {}).items()
+        ]
+    return lines
+
+
+def spell_gain(found: dict[str, float | None]) -> str:
+    """`1.42x (1.31 to 1.55)`."""
+    high = found["high"]
+    end = f"{high:.2f}" if high is not None and math.isfinite(high) else "no bound"
+    return f"{found['gain']:.2f}x ({found['low']:.2f} to {end})"
+
+
 def caption(group: Group) -> str:
     """What the columns of one workload mean."""
     base, metric = group.baseline, group.metric

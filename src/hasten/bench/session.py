@@ -51,6 +51,8 @@ class Session:
         precision: half-width on the log scale at which timing stops.
         ends: `time.monotonic()` at which the budget is spent.
         memory: whether each arm's peak is measured in a process of its own.
+        tuned: the workload with each plan's own tuned options, by the plan's text; others have `workload` itself.
+        charged: seconds (wall, CPU) that each arm is charged before it starts, by the plan's text.
     """
 
     workload: Workload
@@ -66,12 +68,18 @@ class Session:
     memory: bool = True
     mode: str = "serve"
     gates: dict[str, str] = dataclasses.field(default_factory=dict)
+    tuned: dict[str, Workload] = dataclasses.field(default_factory=dict)
+    charged: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    def workload_of(self, plan: Plan) -> Workload:
+        return self.tuned.get(str(plan), self.workload)
 
     def key(self, plan: Plan) -> str:
         return make_key(
-            str(self.workload),
+            str(self.workload_of(plan)),
             str(plan),
             self.mode,
+            *([self.charged[str(plan)]] if str(plan) in self.charged else []),
             self.fingerprint["id"],
             self.fingerprint["versions"],
             source_digest(),

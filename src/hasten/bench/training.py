@@ -34,6 +34,7 @@ class Racer:
     """
 
     plan: Plan
+    workload: Workload
     run: Any
     clock: Clock
     setup: tuple[float, float]
@@ -46,6 +47,10 @@ class Racer:
     @property
     def spent(self) -> tuple[float, float]:
         return self.clock.wall + self.setup[0], self.clock.cpu + self.setup[1]
+
+    def charge(self, wall: float, cpu: float) -> None:
+        """Adds seconds that were spent before the run, on tuning say."""
+        self.setup = self.setup[0] + wall, self.setup[1] + cpu
 
 
 def make_run(workload: Workload, plan: Plan, seed: int) -> Any:
@@ -74,16 +79,15 @@ def start(workload: Workload, plan: Plan, seed: int) -> Racer:
     clock = Clock(workload.device().type)
     with clock:
         run = make_run(workload, plan, seed)
-    return Racer(plan, run, Clock(workload.device().type), (clock.wall, clock.cpu))
+    return Racer(plan, workload, run, Clock(workload.device().type), (clock.wall, clock.cpu))
 
 
 def compare_training(session: Session, rows: list[Row], baseline: dict[str, Any]) -> None:
     """Fills the rows; each finished run goes to the session's file at once."""
-    workload = session.workload
     plans = [Plan(), *session.plans]
     for plan in plans:
         session.progress.stage(f"warming up {plan}")
-        few_steps(workload, plan)
+        few_steps(session.workload_of(plan), plan)
     if session.memory:
         peaks = [peak_of(session, plan) for plan in plans]
         baseline["peak_bytes"] = peaks[0]
@@ -101,16 +105,28 @@ def compare_training(session: Session, rows: list[Row], baseline: dict[str, Any]
             conclude(row, session)
 
 
+def gain(session: Session, plan: Plan, without: Plan) -> stats.Interval | None:
+    """How many times sooner a plan reaches the target than without one of its methods, paired by seed."""
+    mine, others = ({base.id: trial for base, trial in _pairs(session, one)} for one in (plan, without))
+    both = [(others[race], mine[race]) for race in mine if race in others]
+    if not both:
+        return None
+    clock = steadier_clock(*([_clocks(trial) for trial in arm] for arm in zip(*both, strict=True)))
+    return _interval(both, clock).interval
+
+
 def _race(session: Session, plans: list[Plan], seed: int, rows: list[Row]) -> None:
     """Trains all arms of one seed in turns until each has reached the target or missed it."""
     workload, rng = session.workload, np.random.default_rng([seed, 97])
-    racers = [start(workload, plan, seed) for plan in plans]
+    racers = [start(session.workload_of(plan), plan, seed) for plan in plans]
+    for racer in racers:
+        racer.charge(*session.charged.get(str(racer.plan), (0.0, 0.0)))
     base_id: str | None = None
     waiting: list[Racer] = []
     while any(racer.state == "running" for racer in racers):
         running = [racer for racer in racers if racer.state == "running"]
         for n in rng.permutation(len(running)):
-            _turn(session, running[n], racers[0])
+            turn(running[n], racers[0])
             if running[n].state != "running":
                 waiting.append(running[n])
         done = max(len(racer.curve) for racer in racers)
@@ -128,9 +144,9 @@ def _race(session: Session, plans: list[Plan], seed: int, rows: list[Row]) -> No
         session.progress.rows(rows)
 
 
-def _turn(session: Session, racer: Racer, base: Racer) -> None:
+def turn(racer: Racer, base: Racer) -> None:
     """A few timed steps, then an untimed evaluation."""
-    workload = session.workload
+    workload = racer.workload
     try:
         with racer.clock:
             racer.run.slice(workload.loss, steps=workload.evaluate_every)

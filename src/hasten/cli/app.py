@@ -76,6 +76,13 @@ def compare(
     ] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, each arm in its own process.")] = True,
     gate: Annotated[bool, typer.Option(help="First run the tests of the plans' methods, where they are there.")] = True,
+    tuned: Annotated[
+        int, typer.Option(help="Trials of tuning that the baseline and every training plan get first; 0 for none.")
+    ] = 0,
+    charge_tuning: Annotated[bool, typer.Option(help="Add what tuning took to every run of its arm.")] = False,
+    leave_one_out: Annotated[
+        bool, typer.Option(help="Measure each plan without each of its methods too: what each gives.")
+    ] = False,
     json: Json = False,
 ) -> int:
     """Measure plans against the baseline: speedup with an interval, quality, memory, set-up, verdict.
@@ -85,7 +92,28 @@ def compare(
     """
     from hasten.cli.compare import command
 
-    return command(workload, plans, seeds, budget, margin, precision, out, memory, gate, json)
+    options = dict(seeds=seeds, budget=budget, margin=margin, precision=precision, out=out, memory=memory, gated=gate)
+    tuning = dict(tuned=tuned, charge_tuning=charge_tuning, leave_one_out=leave_one_out)
+    return command(workload, plans, {**options, **tuning}, json)
+
+
+@app.command()
+def tune(
+    workload: Workload,
+    plans: Annotated[list[str], typer.Argument(help="Training plans; the baseline is tuned with them.")],
+    trials: Annotated[int, typer.Option(help="Training runs for each arm.")] = 12,
+    budget: Annotated[str, typer.Option(help="Time for everything: 90s, 5m, 1h.")] = "10m",
+    seed: Annotated[int, typer.Option(help="Of what is tried.")] = 0,
+    out: Annotated[pathlib.Path | None, typer.Option(help="Folder for trials.jsonl and tuned.json.")] = None,
+    json: Json = False,
+) -> int:
+    """Search the settings of the baseline and of training plans, with as many trials for each.
+
+    Ctrl-C keeps what is finished; the same line again continues. hasten compare --tuned N does this and compares.
+    """
+    from hasten.cli.tuning import command
+
+    return command(workload, plans, trials, budget, seed, out, json)
 
 
 @app.command(name="list")

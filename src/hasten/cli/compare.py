@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hasten.bench.compare import REPORT, RESULT, TRIALS, compare, parse_seconds
-from hasten.bench.result import Comparison, Row, spell_quality, spell_ratio, spell_seconds, table, wide_console
+from hasten.bench.result import Comparison, Row, notes, spell_quality, spell_ratio, spell_seconds, table, wide_console
 
 
 class LiveProgress:
@@ -55,23 +55,15 @@ class LiveProgress:
 def command(
     workload: str,
     plans: list[str],
-    seeds: int,
-    budget: str,
-    margin: str,
-    precision: str,
-    out: pathlib.Path | None,
-    memory: bool,
-    gate: bool,
+    options: dict[str, Any],
     as_json: bool,
 ) -> int:
+    """Compares with the options of `hasten.bench.compare.compare`."""
     console = Console(stderr=True)
-    seconds = parse_seconds(budget)
+    seconds = parse_seconds(options["budget"])
     line = shlex.join(["hasten", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else None
     live = Live(console=console, refresh_per_second=8, transient=True) if console.is_terminal else None
     progress = LiveProgress(live, console, seconds)
-    options: dict[str, Any] = dict(
-        seeds=seeds, budget=budget, margin=margin, precision=precision, out=out, memory=memory, gated=gate
-    )
     if live:
         with live:
             result = compare(workload, plans, **options, progress=progress, command=line)
@@ -95,6 +87,8 @@ def publish(result: Comparison, as_json: bool = False) -> None:
     shown.print(table(result))
     for row in result.plans:
         if row.why and row.verdict != "faster":
-            shown.print(f"{row.plan}: {row.verdict}: {row.why}", highlight=False, soft_wrap=True)
+            shown.print(f"{row.plan}: {row.verdict}: {row.why}", highlight=False, soft_wrap=True, markup=False)
+    for line in [line for group in result.groups for line in notes(group)]:
+        shown.print(line, highlight=False, soft_wrap=True, markup=False)
     end = f"{folder}/{REPORT} shows the curves; {folder}/{TRIALS} holds every measurement"
     shown.print(end, highlight=False, soft_wrap=True)
