@@ -77,7 +77,7 @@ class Examples:
         if old.num_workers:
             given |= {"prefetch_factor": old.prefetch_factor, "persistent_workers": old.persistent_workers}
         return DataLoader(
-            old.dataset,
+            self.dataset,
             **given,
             num_workers=old.num_workers,
             collate_fn=old.collate_fn,
