@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hasten.core.errors import UsageError
 from hasten.hosts.axes import KINDS, mapped, places
@@ -114,6 +114,6 @@ def twin(host: Any) -> Any:
     return new
 
 
-def head_of(host: Any) -> nn.Module | None:
-    """What turns the last features into scores: a decoder's language-model head, a vision model's classifier."""
+def head_of(host: Any) -> Any:
+    """What turns the last features into scores: a language-model head, a classifier; None where there is none."""
     return getattr(host, "lm_head", None) or getattr(host, "head", None)

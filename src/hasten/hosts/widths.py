@@ -49,12 +49,19 @@ class Sizes:
 class Widths:
     """The sizes of a decoder or vision transformer, and the model at other ones.
 
+    Args:
+        tower: the axes, where they are known from a model of the same wiring; found and checked when None.
+
     Raises:
         UsageError: no blocks or several lists of them, a wiring that is not understood, sharded or quantized weights.
     """
 
-    def __init__(self, host: Any) -> None:
+    def __init__(self, host: Any, tower: Tower | None = None) -> None:
         model = host.model
+        self.host = host
+        if tower is not None:
+            self.tower = tower
+            return
         if host.kind not in ("decoder", "vit", "diffusion_lm"):
             raise UsageError(
                 f"{type(model).__name__} is a {host.kind}; sizes are known of decoders and vision transformers"
@@ -64,7 +71,6 @@ class Widths:
         embedding = getattr(host, "embedding", None)
         if embedding is not None and type(embedding) is not nn.Embedding:
             raise UsageError(f"{type(embedding).__name__} is more than a table: the model can't be resized")
-        self.host = host
         given = {
             "attention": host.attention_name,
             "mlp": host.mlp_names,
@@ -76,7 +82,7 @@ class Widths:
             found = towers(model, inner=inner, **given)
             if len(found) > 1:
                 raise UsageError(f"{type(model).__name__} has several lists of blocks: it can't be resized as a whole")
-            self.tower: Tower = found[0]
+            self.tower = found[0]
             if self._permutes():
                 return
         raise UsageError(
