@@ -48,6 +48,7 @@ SEAMS: dict[str, str] = {
     "batch.shape": "the shape of a batch",
     "loss": "what is minimised",
     "step.passes": "which passes a step makes, with which weights and inputs",
+    "weights.average": "which combination of weights is evaluated and kept",
     "optim.state": "what the optimizer remembers",
     "optim.update": "how a gradient becomes a step",
     "lr": "the learning rate of each step",
