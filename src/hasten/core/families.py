@@ -52,6 +52,7 @@ SEAMS: dict[str, str] = {
     "optim.state": "what the optimizer remembers",
     "optim.update": "how a gradient becomes a step",
     "lr": "the learning rate of each step",
+    "lr.layers": "how the learning rates of a model's parameters compare",
     "grad.comm": "how gradients are exchanged",
     "forward.precision": "the number format of the forward pass",
 }
