@@ -61,6 +61,22 @@ def test_warm_up_horizon_and_floor():
     assert bool((factors[2:10].diff() < 0).all())
 
 
+@pytest.mark.parametrize("refined", [False, True])
+def test_past_the_horizon_the_rate_is_the_floor(refined, tmp_path):
+    norms = tmp_path / "norms.json"
+    norms.write_text(json.dumps({"l1": [3.0, 2.0, 1.0, 1.5], "l2": [1, 1, 1, 1]}))
+    method = LinearDecay(horizon=0.5, floor=0.0, warmup=0.0, norms=str(norms) if refined else None)
+    run = run_of(method, steps=8)
+    weights = []
+    run.on("step", lambda run: weights.append([p.detach().clone() for p in run.model.parameters()]))
+    losses = finish(run)
+    assert len(losses) == 8 and run.rates.used == [0.0]
+    assert all(torch.equal(p, q) for p, q in zip(weights[4], weights[7], strict=True))  # nothing is learned any more
+    assert not all(torch.equal(p, q) for p, q in zip(weights[1], weights[4], strict=True))
+    scheduler = linear_decay_scheduler(torch.optim.SGD(run.model.parameters(), lr=1.0), 8, horizon=0.5, floor=0.25)
+    assert [scheduler.lr_lambdas[0](step) for step in (4, 7, 8, 1000)] == [0.25] * 4
+
+
 def test_it_replaces_the_persons_schedule_for_every_group():
     run = run_of("optim/linear_decay(warmup=0) + optim/sinkgd(lr=0.5)", steps=4, schedule=lambda step, steps: 100.0)
     rates = []
@@ -119,6 +135,6 @@ def test_pytorch_scheduler():
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    assert rates == [2.0, 1.5, 1.0, 0.5, 0.5, 0.5]
+    assert rates == [2.0, 1.5, 1.0, 0.5, 0.0, 0.0]  # past its end the rate is the floor, 0
     with pytest.raises(PlanError, match="no option"):
         linear_decay_scheduler(optimizer, 4, warm=1)

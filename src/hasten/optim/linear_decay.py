@@ -12,7 +12,8 @@ mirrored after the end. Everything is [T].
 
 Departures: norms of a run of another length are resampled to T by linear interpolation, as the authors' script does.
 Without norms step t of 0..T-1 gets 1 - (t - W) / (T - W) after W steps of warm-up, so that the last step is still used.
-`horizon` and `floor` are additions: the decay may end before the run does, and above zero.
+`horizon` and `floor` are additions: the decay may end before the run does, and above zero. Past its horizon, and past
+the planned steps for those who go on with the PyTorch scheduler, the rate is `floor` and never anything else.
 """
 
 import json
@@ -40,6 +41,7 @@ CARD = Card(
     identity="it sets the learning rate of every step, so no option leaves the run as it was",
     experiment=("stdlib-lm(task=train)", "optim/linear_decay(warmup=0.4)"),
     needs=("steps",),
+    tune={"warmup": (0.02, 0.5), "horizon": (0.5, 1.0)},
     when="Any run of known length; `horizon` below 1 brings the fall of the loss that decay gives forward in time.",
     when_not="Runs of open length: after the horizon the learning rate is `floor` and nothing more is learned at 0.",
 )
@@ -130,9 +132,13 @@ def read_norms(path: str, norm: str) -> Tensor:
 
 
 def linear_decay_scheduler(optimizer: Optimizer, steps: int, **options: object) -> LRScheduler:
-    """The same schedule as PyTorch's own scheduler, for a loop without a `Run`; options are those of `LinearDecay`."""
-    factors = LinearDecay.from_options(options).schedule(steps).tolist()
-    return LambdaLR(optimizer, lambda step: factors[min(step, steps - 1)])
+    """The same schedule as PyTorch's own scheduler, for a loop without a `Run`; options are those of `LinearDecay`.
+
+    After `steps` steps the factor is `floor`: at 0, the default, further steps change nothing.
+    """
+    method = LinearDecay.from_options(options)
+    factors = method.schedule(steps).tolist()
+    return LambdaLR(optimizer, lambda step: factors[step] if step < steps else method.floor)
 
 
 METHOD = LinearDecay
