@@ -19,7 +19,8 @@ def mean_loss(model, batch):
 
 def loader(seed=0, count=200, rows=8):
     images, labels, _ = redundant_digits(6, 3)
-    data = torch.utils.data.TensorDataset(images[-count:], labels[-count:])
+    step = len(images) // count
+    data = torch.utils.data.TensorDataset(images[: step * count : step], labels[: step * count : step])
     generator = torch.Generator().manual_seed(seed)
     return torch.utils.data.DataLoader(data, batch_size=rows, shuffle=True, generator=generator)
 

@@ -56,13 +56,13 @@ class Perceptron(nn.Module):
 @dataclasses.dataclass(frozen=True)
 class Redundant(Workload):
     task: str = option("train", "what is done", choices=("train",))
-    spacing: int = option(6, "every how many zeros, ones and twos one has copies", least=2, most=1000)
-    copies: int = option(120, "copies of such a digit", least=1, most=10_000)
+    spacing: int = option(18, "every how many zeros, ones and twos one has copies", least=2, most=1000)
+    copies: int = option(100, "copies of such a digit", least=1, most=10_000)
     rows: int = option(32, "images of a training batch", least=1, most=1024)
     steps: int = option(400, "steps of the baseline's schedule", least=10)
     lr: float = option(3e-3, "peak learning rate of the baseline's AdamW", above=0)
     warmup: float = option(0.3, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
-    target: float = option(0.6, "held-out cross-entropy in nats at which training stops", above=0)
+    target: float = option(0.8, "held-out cross-entropy in nats at which training stops", above=0)
 
     tunable = {"lr": (5e-4, 2e-2), "warmup": (0.05, 0.5)}
 
