@@ -1,0 +1,101 @@
+"""augmented-digits: few digits, and an augmentation that costs more than the step.
+
+360 of scikit-learn's digits train a small convolutional network, each warped anew (turned, scaled, moved and bent:
+`hasten.data._augment.warp`) whenever it is read; without augmentation the network learns the 360 by heart and the
+held-out cross-entropy stops short of the target. The data set has `plain(index)` and `augment(example, generator)`, for
+methods that augment some examples only.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hasten.core.options import option
+from hasten.data._augment import warp
+from hasten.workloads.base import Metric, Workload, warm_cosine
+from hasten.workloads.digits import CLASSES, digits
+from hasten.workloads.transfer import GlyphNet
+
+
+class Warped(torch.utils.data.Dataset):
+    """Every fourth digit for training, warped when it is read."""
+
+    def __init__(self) -> None:
+        images, labels = digits(False)
+        self.images, self.labels = images[::4].contiguous(), labels[::4].contiguous()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def plain(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.images[index], self.labels[index]
+
+    def augment(self, example: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return warp(example[0], generator), example[1]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        seed = int(torch.randint(2**62, ()))  # of the run's own random state
+        return self.augment(self.plain(index), torch.Generator().manual_seed(seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentedDigits(Workload):
+    task: str = option("train", "what is done", choices=("train",))
+    width: int = option(16, "channels of the network", least=4, most=512)
+    rows: int = option(32, "images of a training batch", least=1, most=360)
+    steps: int = option(250, "steps of the baseline's schedule", least=10)
+    lr: float = option(3e-3, "peak learning rate of the baseline's AdamW", above=0)
+    warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
+    target: float = option(0.2, "held-out cross-entropy in nats at which training stops", above=0)
+
+    tunable = {"lr": (5e-4, 3e-2), "warmup": (0.02, 0.5)}
+
+    @classmethod
+    def title(cls) -> str:
+        return "augmented-digits"
+
+    @property
+    def metric(self) -> Metric:
+        return Metric("cross-entropy", "lower", "nat")
+
+    def tasks(self) -> tuple[str, ...]:
+        return ("train",)
+
+    def build(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return GlyphNet(CLASSES, self.width).to(self.device())
+
+    def batches(self, seed: int) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(
+            Warped(),
+            batch_size=self.rows,
+            shuffle=True,
+            drop_last=True,
+            generator=torch.Generator().manual_seed(seed),
+            collate_fn=self._collate,
+        )
+
+    def _collate(self, examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        images, labels = zip(*examples, strict=True)
+        return torch.stack(images).to(self.device()), torch.stack(labels).to(self.device())
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+
+    def schedule(self, step: int, steps: int) -> float:
+        return warm_cosine(step, steps, self.warmup)
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module) -> np.ndarray:
+        images, labels = (part.to(self.device()) for part in digits(True))
+        return self.losses(model, (images, labels)).cpu().numpy()
+
+
+WORKLOAD = AugmentedDigits
