@@ -11,10 +11,12 @@ the places and a linear layer. The target is a held-out cross-entropy, which mov
 With `attack` above 0 quality is the cross-entropy under an attack: each held-out image is moved by PGD within +-attack
 for each pixel (ten steps of attack / 4 along the gradient's sign, from a random start that is the same always). With
 `train_on=adversarial` the baseline's own loop trains against it, from scratch: `loss` moves the batch by `iterations`
-steps of PGD first, with batch norm and dropout as in evaluation. A method that makes the examples itself marks its
+steps of PGD first, with batch norm as in evaluation. A method that makes the examples itself marks its
 batches as `Prepared`; `loss` takes those as they are, so that no example is perturbed twice.
 
-The default target and the attack's belong to the digits; other data need a target of their own.
+The baseline was tuned on the digits, in runs of 100 to 200 steps: AdamW at 0.005, 0.01 and 0.02 and SGD with momentum
+at 0.05 to 0.5, warm-ups of 0.2 and 0.4. AdamW at 0.01 came to the lowest loss (0.014 in 200 steps; SGD at 0.1 to 0.023).
+The target is that of the digits without an attack; an attack and other data need a target of their own.
 """
 
 import dataclasses

@@ -3,6 +3,10 @@
 The pairs come as two one-hot vectors, floats [batch, 2p]; the network is a perceptron with ReLU, its initial weights
 `scale` times PyTorch's own (above 1 generalisation comes later). A batch is drawn from the training pairs, a fraction
 `keep` of all p^2 that is the same for every seed; quality is the share of the others that is told right.
+
+The baseline is AdamW with weight decay, the regulariser that grokking is usually brought forward by. Of the rates
+0.003, 0.01, 0.02 and 0.03 and the decays 0.3, 0.5, 1 and 2 (eight pairs of them, one seed) 0.03 with 0.5 reached the
+target first, after 850 steps; 0.02 with 0.5 or 1 took 1,200, 0.01 with 1 1,700, the others longer.
 """
 
 import dataclasses
