@@ -8,7 +8,9 @@ An example is one to eight digits, few more often than many, each a clip of soun
                 4 of each digit and speaker are held out
 
 Strings of both parts are put together anew from the clips of their part. The baseline takes batches at random and pads
-each to its longest example; padding is masked, so the same examples give the same loss in whatever batch they are.
+each to its longest example, so that more than half of what is computed is padding; padding is masked, and an example
+has the same loss in whatever batch it is. `rows` stands for what a memory takes in the worst case, a batch of examples
+as long as the longest. Of rates from 0.002 to 0.006, 0.002 came to the lowest loss in 260 steps of 16 rows.
 """
 
 import dataclasses
@@ -96,12 +98,12 @@ class Speller(nn.Module):
 @dataclasses.dataclass(frozen=True)
 class SpokenDigits(Workload):
     data: str = option("made", "tones made on the spot, or people's recordings", choices=("made", "fsdd"))
-    rows: int = option(16, "examples of a training batch", least=1, most=1024)
+    rows: int = option(6, "examples of a training batch", least=1, most=1024)
     examples: int = option(4000, "training examples", least=16, most=100_000)
-    steps: int = option(260, "steps of the baseline's schedule", least=10)
+    steps: int = option(300, "steps of the baseline's schedule", least=10)
     lr: float = option(2e-3, "peak learning rate of the baseline's AdamW", above=0)
     warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
-    target: float = option(0.45, "held-out cross-entropy in nats a letter at which training stops", above=0)
+    target: float = option(0.47, "held-out cross-entropy in nats a letter at which training stops", above=0)
 
     tunable = {"lr": (5e-4, 2e-2), "warmup": (0.02, 0.5)}
     evaluate_every = 20
@@ -173,7 +175,7 @@ def strings(data: str, held_out: bool, count: int) -> Strings:
     rng = np.random.default_rng(11 + held_out)
     examples = []
     for _ in range(count):
-        number = min(MOST, 1 + rng.geometric(0.3))
+        number = min(MOST, rng.geometric(0.3))
         digits = rng.integers(0, 10, number)
         features = torch.cat([clips[digit][rng.integers(len(clips[digit]))] for digit in digits])
         spelled = " ".join(WORDS[digit] for digit in digits)
