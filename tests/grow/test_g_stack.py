@@ -6,7 +6,7 @@ import torch
 
 from conformance.optim import digits_loss, finish, language_loss, lines, llama, pictures, run_of, vit
 from hasten.core.errors import PlanError, UsageError
-from hasten.grow.g_stack import GStack, growth_tokens
+from hasten.grow.g_stack import GStack, growth_fraction, growth_tokens
 
 HALF = GStack(factor=2, at=0.5, warmup=0.0)
 
@@ -27,6 +27,42 @@ def test_stages_are_shallow_first_and_then_abab():
 )
 def test_growth_timing_of_the_papers_table(parameters, tokens, paper):
     assert growth_tokens(parameters, 6 * parameters * tokens) == pytest.approx(paper, rel=0.01)
+
+
+def test_the_papers_timing_holds_for_large_models_only():
+    assert growth_fraction(int(7e9), int(2e12), int(4e6)) == pytest.approx(11.11 / 2000, rel=0.01)
+    assert growth_fraction(int(1e6), int(1e8), 4096) is None  # more tokens than the run has
+    assert growth_fraction(int(7e9), int(2e12), int(2e10)) is None  # less than a step
+
+
+def test_without_a_time_the_papers_is_taken_where_it_holds(monkeypatch):
+    asked = []
+
+    def fraction(parameters, tokens, step):
+        asked.append((parameters, tokens, step))
+        return 0.25
+
+    model = llama()
+    weights = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr("hasten.grow.g_stack.growth_fraction", fraction)
+    run = run_of("grow/g_stack(factor=2)", steps=8, model=model)
+    run.slice(language_loss, steps=1)
+    assert len(run.model.model.layers) == 2
+    run.slice(language_loss, steps=1)
+    assert len(run.model.model.layers) == 4
+    assert asked == [(weights, 8 * 8 * 32, 8 * 32)]  # 8 steps of 8 rows of 32 bytes
+    run_of("grow/g_stack(factor=2, tokens=1000)", steps=8)
+    assert asked[1][1:] == (8000, 1000)
+
+
+def test_where_the_papers_timing_does_not_hold_the_report_says_so():
+    run = run_of("grow/g_stack(factor=2)", steps=20)
+    facts = run.context.report["grow/g_stack"]
+    assert facts["at"] == 0.1 and "does not hold for its size" in facts["why"]
+    run.slice(language_loss, steps=2)
+    assert len(run.model.model.layers) == 4
+    pixels = run_of("grow/g_stack(factor=2)", steps=20, model=vit(), loader=pictures())
+    assert "does not say how many tokens" in pixels.context.report["grow/g_stack"]["why"]
 
 
 def test_each_deep_layer_is_a_copy_and_the_rest_is_kept():
@@ -114,6 +150,25 @@ def test_a_depth_that_the_factor_does_not_divide_is_named_and_nothing_is_changed
     model = llama(depth=4)
     with pytest.raises(UsageError, match=r"4 layers can't be 3 copies .* divides 4 \(2, 4\)"):
         run_of(GStack(factor=3), model=model)
+    assert len(model.model.layers) == 4
+
+
+def test_bad_input_is_named():
+    with pytest.raises(PlanError, match="leave out tokens"):
+        GStack(at=0.5, tokens=100)
+    with pytest.raises(PlanError, match="steps=N"):
+        run_of("grow/g_stack(factor=2)", steps=None)
+    model = llama()
+
+    class Sharded(torch.optim.AdamW):
+        """Its state is sharded, as that of FSDP is: a stand-in for a DTensor."""
+
+    optimizer = Sharded(model.parameters())
+    state = torch.zeros(3)
+    state.device_mesh = "two processes"
+    optimizer.state[next(model.parameters())] = {"exp_avg": state}
+    with pytest.raises(UsageError, match="sharded: gather them first"):
+        run_of(GStack(factor=2), model=model, optimizer=lambda model: optimizer)
     assert len(model.model.layers) == 4
 
 
