@@ -41,7 +41,7 @@ CARD = Card(
     claimed=8.0,
     identity="it sets the learning rate of every step, so no option leaves the run as it was",
     experiment=(
-        "images(attack=0.05, train_on=adversarial, steps=100, target=0.45)",
+        "images(attack=0.05, train_on=adversarial, steps=100, target=0.5)",
         "optim/adversarial_finetuning(epsilon=0.05, clean=0.5)",
     ),
     needs=("steps",),

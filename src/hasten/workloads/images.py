@@ -15,7 +15,8 @@ steps of PGD first, with batch norm as in evaluation. A method that makes the ex
 batches as `Prepared`; `loss` takes those as they are, so that no example is perturbed twice.
 
 The baseline was tuned on the digits, in runs of 100 to 200 steps: AdamW at 0.005, 0.01 and 0.02 and SGD with momentum
-at 0.05 to 0.5, warm-ups of 0.2 and 0.4. AdamW at 0.01 came to the lowest loss (0.014 in 200 steps; SGD at 0.1 to 0.023).
+at 0.05 to 0.5, warm-ups of 0.2 and 0.4. AdamW at 0.01 came to the lowest loss (0.014 after 200 steps; SGD at 0.1
+to 0.023).
 The target is that of the digits without an attack; an attack and other data need a target of their own.
 """
 

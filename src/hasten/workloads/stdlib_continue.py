@@ -4,9 +4,9 @@ The model is the bundled `draft` of stdlib-lm (2 layers of width 128; the larges
 new text the headers that come with PyTorch, as bytes; every twelfth file, by the CRC-32 of its path, is held out. The
 target is a loss on the new text's held-out part; `old_loss` tells what the old text's costs meanwhile.
 
-The baseline goes on at the rate that a finished cosine leaves, `resume` times the largest: the paper's comparison. It is
-not the best constant rate: after 150 steps (one seed) 0.1 came to 2.63 bits and 1.0 to 2.57, where the model begins at
-4.1; with resume=1.0 a plan is compared with that one.
+The baseline goes on at the rate that a finished cosine leaves, `resume` times the largest: the paper's comparison. It
+is not the best constant rate: after 150 steps (one seed) 0.1 came to 2.63 bits and 1.0 to 2.57, where the model begins
+at 4.1; with resume=1.0 a plan is compared with that one.
 """
 
 import dataclasses
