@@ -116,6 +116,7 @@ class Run(Verbs):
         self._sum: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
         self._held: list[torch.Tensor] | None = None
+        self._saved: tuple[int, pathlib.Path] | None = None
         self._sync = contextlib.ExitStack()
         if self.processes > 1 and accumulate > 1 and steps is None and self.stream.length() is None:
             raise UsageError("accumulating over several processes needs steps=N or a loader with a length")
@@ -125,6 +126,7 @@ class Run(Verbs):
         wrap_forward(model, precision, self.device, self.changes)
         if resume is not None:
             checkpoint.load(self, pathlib.Path(resume))
+            self._saved = self.step, pathlib.Path(resume)
 
     # What people and methods read.
 
@@ -287,8 +289,9 @@ class Run(Verbs):
             return
         at = self.step + (self._loss.device.type == "cpu")
         self._loss = None
+        kept = f"; the checkpoint of step {self._saved[0]} is in {self._saved[1]}" if self._saved else ""
         raise NotFiniteError(
-            f"the loss is {value} at step {at}: lower the learning rate, or clip the gradients (clip=1.0)"
+            f"the loss is {value} at step {at}: lower the learning rate, or clip the gradients (clip=1.0){kept}"
         )
 
     def _rescale(self, factor: float) -> None:
@@ -349,6 +352,7 @@ class Run(Verbs):
     def save(self, path: str | pathlib.Path) -> None:
         """Writes a checkpoint folder, whole or not at all; every process calls it. See `hasten.train.checkpoint`."""
         checkpoint.save(self, pathlib.Path(path))
+        self._saved = self.step, pathlib.Path(path)
 
     @classmethod
     def load(cls, path: str | pathlib.Path, *args: Any, **kwargs: Any) -> "Run":
