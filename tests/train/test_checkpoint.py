@@ -386,7 +386,8 @@ def test_a_run_whose_loss_is_lost_is_not_saved(tmp_path):
     run = Run(*objects(), steps=9)
     train(run, 2)
     run.save(tmp_path)
-    with pytest.raises(NotFiniteError, match=f"the loss is inf at step 3: .*; the checkpoint of step 2 is in {tmp_path}"):
+    wanted = f"the loss is inf at step 3: .*; the checkpoint of step 2 is in {tmp_path}"
+    with pytest.raises(NotFiniteError, match=wanted):
         for batch in run:
             run.backward(tiny.loss(run.model, batch) * float("inf"))
     assert Run(*objects(), steps=9, resume=tmp_path).step == 2
