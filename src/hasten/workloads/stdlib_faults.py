@@ -26,7 +26,10 @@ OTHER = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is
 
 @dataclasses.dataclass(frozen=True)
 class StdlibFaults(PairWorkload):
-    target: float = option(0.5, "held-out loss of telling right from wrong at which training stops", above=0)
+    length: int = option(128, "bytes of a function at most", least=16, most=1024)
+    texts: int = option(800, "functions for training", least=16, most=100_000)
+    steps: int = option(120, "steps of the baseline's schedule", least=10)
+    target: float = option(0.575, "held-out loss of telling right from wrong at which training stops", above=0)
 
     @classmethod
     def title(cls) -> str:
