@@ -78,6 +78,26 @@ def test_matrices_follow_the_equation_and_the_rest_its_own_optimizer():
     assert not any(weight in optimizer.state for weight in matrices)  # stateless
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_the_step_in_place_is_the_update(momentum, monkeypatch):
+    """With a rate for each matrix; without the kernel the same steps are made in stacks."""
+    trained = []
+    for native in (True, False):
+        if not native:
+            monkeypatch.setattr("hasten.kernels.sinkhorn.kernel", lambda: None)
+        model, matrices, optimizer = build(SinkGD(lr=0.01, momentum=momentum, weight_decay=0.1))
+        optimizer.split(matrices)
+        for place, group in enumerate(optimizer.param_groups):
+            group["lr"] *= 1 + place / 7
+        for seed in range(3):
+            backward(model, seed)
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append([*model.parameters(), *(optimizer.state[w].get("average", w) for w in matrices)])
+    for one, other in zip(*trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
+
+
 def test_the_rest_can_have_a_rate_of_its_own():
     run = run_of("optim/sinkgd(lr=0.001, rest_lr=0.02)", steps=2, schedule=lambda step, steps: 0.5)
     finish(run)
