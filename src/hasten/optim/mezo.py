@@ -37,7 +37,7 @@ CARD = Card(
     experiment=("stdlib-tune", "optim/mezo(lr=0.0001)"),
     tune={"lr": (2e-5, 1e-3), "eps": (1e-4, 1e-2)},
     when="Fine-tuning a large model where there is memory for inference only, or where the loss has no gradient.",
-    when_not="Where backward passes fit into memory: they need far fewer steps. Training from scratch does not work.",
+    when_not="Where backward passes fit into memory: on stdlib-tune AdamW needs 2 steps where MeZO needs about 90.",
 )
 
 

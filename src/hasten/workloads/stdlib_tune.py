@@ -5,7 +5,8 @@ model has hardly seen either and begins at 4.83 bits a byte. The shift has few d
 has: steps without gradients can follow it too, and the comparison with those is what the workload is for. Such steps
 are cheap and many, so that a run may take 500 times the baseline's time.
 
-The baseline is AdamW with a constant rate after a short rise.
+The baseline is AdamW with a constant rate after a short rise. Of 0.0003, 0.001, 0.003 and 0.01 the rate 0.001 came to
+the lowest loss in 8 steps (3.64 bits; the others to 3.91, 4.12 and 5.64), and is past the target after one or two.
 """
 
 import dataclasses
