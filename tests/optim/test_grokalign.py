@@ -129,6 +129,20 @@ def test_vit_takes_its_pixels():
     assert one[0] > other[0] and len(one) == 3
 
 
+def test_what_makes_the_inputs_is_still_trained():
+    before = nn.Linear(64, 64)
+    model = nn.Sequential(Perceptron(), nn.Identity())
+
+    def loss(model, batch):
+        return torch.nn.functional.cross_entropy(model(before(batch[0].flatten(1))), batch[1])
+
+    run = run_of("optim/grokalign(jacobian=0.1)", steps=1, model=model, loader=pictures())
+    seen = []
+    run.on("gradients", lambda run: seen.append(before.weight.grad.norm().item()))
+    finish(run, loss)
+    assert seen[0] > 0
+
+
 def test_every_second_batch():
     two = finish(run_of("optim/grokalign(jacobian=1.0, every=2)", steps=3))
     one, none = finish(run_of("optim/grokalign(jacobian=1.0)", steps=3)), finish(run_of("", steps=3))

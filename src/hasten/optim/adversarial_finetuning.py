@@ -7,7 +7,7 @@ training has made. The inner maximum is PGD: from a random start in the ball, `i
 
 (norm=linf; for l2 the gradient of each example is divided by its norm, and so is the distance where it is too large).
 The rate starts slowly, so that what was learned is not lost, and decays fast, so that the attack is not overfitted.
-With the part of fine-tuning that is done, p in 0..1, times `peak` (section 3 of the paper):
+With the part of fine-tuning that is done, p in 0..1, the factor is `peak` times
 
     start + (1 - start) p / rise   for p < rise;     end^((p - rise) / (1 - rise))   after it
 
@@ -15,9 +15,9 @@ With the part of fine-tuning that is done, p in 0..1, times `peak` (section 3 of
 the model handed over is that); with `clean` above 0 one run holds both. In that part the rate rises over a fifth of it
 and falls in a straight line to peak x start. x: [batch, ...], of any shape.
 
-Departures: the paper gives the schedule as a shape and its figures for its networks; the rise is linear here, the decay
-exponential, and their figures are options. PGD's passes see the model in eval mode, and so leave batch norm's averages
-alone. l2 and the clean part are additions.
+Departures: slow start and fast decay are the paper's; that the rise is linear and the decay exponential, and the figures
+of both, are choices made here. PGD's passes see the model in eval mode, and so leave batch norm's averages alone. l2 and
+the clean part are additions.
 """
 
 from collections.abc import Generator, Mapping

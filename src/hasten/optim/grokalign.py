@@ -39,7 +39,7 @@ CARD = Card(
     experiment=("modular-sums", "optim/grokalign(jacobian=0.1)"),
     tune={"jacobian": (1e-4, 1.0)},
     when="Held-out quality comes long after the training loss is at its floor: small data, many passes over it.",
-    when_not="Models that see each example once. A step costs about three times as much.",
+    when_not="Models that see each example once. A step costs two to three times as much; `every` shares it out.",
 )
 
 _SMALL = 1e-8  # of the estimate and of the norms, as in the official code
@@ -92,7 +92,7 @@ def grokalign(output: Tensor, x: Tensor, projections: Tensor, power: float, real
 
 
 def centroid_alignment(output: Tensor, x: Tensor) -> Tensor:
-    """The cosine of each input with the sum of the Jacobian's rows at it (section 3.2 of the paper), [batch] fp32.
+    """The cosine of each input with the sum of the Jacobian's rows at it, the paper's measure of the stage: [batch] fp32.
 
     Args:
         output: [batch, ...], made from x, with its graph, which is kept.
@@ -132,7 +132,8 @@ class GrokAlign(Method):
             if name is None and embedding is None:
                 raise UsageError(f"{self.name} needs floating-point inputs, or a model with get_input_embeddings()")
             if due() and name is not None:
-                inputs[name] = inputs[name].detach().requires_grad_()
+                if not inputs[name].requires_grad:
+                    inputs[name] = inputs[name].detach().requires_grad_()
                 held.append(inputs[name])
 
         def embedded(_: nn.Module, args: Any, output: Tensor) -> Tensor:
