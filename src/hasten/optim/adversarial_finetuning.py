@@ -15,9 +15,9 @@ With the part of fine-tuning that is done, p in 0..1, the factor is `peak` times
 the model handed over is that); with `clean` above 0 one run holds both. In that part the rate rises over a fifth of it
 and falls in a straight line to peak x start. x: [batch, ...], of any shape.
 
-Departures: slow start and fast decay are the paper's; that the rise is linear and the decay exponential, and the figures
-of both, are choices made here. PGD's passes see the model in eval mode, and so leave batch norm's averages alone. l2 and
-the clean part are additions.
+Departures: slow start and fast decay are the paper's; that the rise is linear and the decay exponential, and the
+figures of both, are choices made here. PGD's passes see the model in eval mode, and so leave batch norm's averages
+alone. l2 and the clean part are additions.
 """
 
 from collections.abc import Generator, Mapping

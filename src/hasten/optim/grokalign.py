@@ -92,7 +92,7 @@ def grokalign(output: Tensor, x: Tensor, projections: Tensor, power: float, real
 
 
 def centroid_alignment(output: Tensor, x: Tensor) -> Tensor:
-    """The cosine of each input with the sum of the Jacobian's rows at it, the paper's measure of the stage: [batch] fp32.
+    """The cosine of each input with the sum of the Jacobian's rows at it, the paper's measure, [batch] fp32.
 
     Args:
         output: [batch, ...], made from x, with its graph, which is kept.

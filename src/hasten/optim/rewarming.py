@@ -11,8 +11,8 @@ with eta_max = `peak` x the optimizer's own rate, eta_min = `floor` x eta_max an
 The paper compares W of 0, 0.5%, 1% and 2% of the new data and finds little between them in the long run, and eta_max of
 0.5, 1 and 2 times the first training's maximum: larger ones adapt better and forget more. At first the loss rises.
 
-Departures: `start` is an addition, the part of eta_max that the warm-up begins above. The optimizer is the person's, and
-so is its state, that of the first training or a fresh one.
+Departures: `start` is an addition, the part of eta_max that the warm-up begins above. The optimizer is the person's,
+and so is its state, that of the first training or a fresh one.
 """
 
 import math

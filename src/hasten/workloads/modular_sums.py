@@ -37,7 +37,7 @@ class ModularSums(Workload):
     warmup: int = option(10, "steps in which the rate rises", least=0)
     target: float = option(0.95, "held-out accuracy at which training stops", above=0, most=1)
 
-    evaluate_every = 50
+    evaluate_every = 25
     tunable = {"lr": (5e-4, 2e-2), "decay": (0.05, 5.0)}
 
     @classmethod
