@@ -53,7 +53,7 @@ def test_learning_comes_near_to_greedy_and_far_above_chance(diversity):
     e, q = points(200, 8)
     random = torch.randperm(200, generator=torch.Generator().manual_seed(3))[:20]
     learnt = learn(
-        e, q, 20, balance=0.3, diversity=diversity, steps=300, groups=64, eta=4.0, part=0.3,
+        e, q, 20, balance=0.3, diversity=diversity, steps=150, groups=64, eta=4.0, part=0.3,
         generator=torch.Generator().manual_seed(4),
     )  # fmt: skip
     best = greedy(e, q, 20, balance=0.3, diversity=diversity)
@@ -91,7 +91,7 @@ def test_quality_and_embeddings_of_the_dataset_decide():
     data = dataset(quality=quality, embeddings=torch.randn(100, 4, generator=torch.Generator().manual_seed(0)))
     run = run_of("", loader=torch.utils.data.DataLoader(data, batch_size=8))
     examples = examples_of(run)
-    chosen = DataMask(fraction=0.1, prune=0.5, balance=1.0, steps=100).choose(examples, run)
+    chosen = DataMask(fraction=0.1, prune=0.5, balance=1.0, steps=60, groups=32).choose(examples, run)
     assert len(chosen) == 10 and chosen.max() < 50 and float(chosen.float().mean()) < 15
     assert float(DataMask(quality="none").scores(examples, run).std()) == 0
     by_loss = DataMask(quality="loss").scores(examples, run)

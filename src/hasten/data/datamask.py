@@ -39,7 +39,7 @@ CARD = Card(
     claimed=None,
     identity="examples come in another order even where all of them are kept",
     needs=("losses",),
-    experiment=("redundant", "data/datamask(fraction=0.3, prune=0.0, balance=0.1, steps=150)"),
+    experiment=("redundant", "data/datamask(fraction=0.4, prune=0.0, balance=0.0, steps=300, groups=64)"),
     tune={"fraction": (0.05, 0.8), "balance": (0.05, 0.9)},
     when="Much more data than steps, with a score of quality for each example, and many near-duplicates.",
     when_not="Data that training goes through many times; embeddings that do not tell examples apart.",
@@ -267,21 +267,19 @@ def _attribute(given: Any, n: int, dims: int, what: str, name: str) -> Tensor:
 def embeddings_of(examples: Any, name: str, width: int, grams: int) -> Tensor:
     """A unit vector for each example, [n, d] fp32: the dataset's `embeddings`, else made of the examples' inputs.
 
-    Tokens become counts of runs of `grams` tokens, each hashed to one of `width` places; real inputs become centred
-    random projections of `width` numbers. The first tensor of a batch (or `input_ids`) is the input.
+    Tokens become counts of runs of `grams` tokens, each hashed to one of `width` places. Real inputs become random
+    Fourier features, `width` in all (Rahimi and Recht 2007): products of two are near exp(-|x - y|^2 / 2 s^2) with s a
+    quarter of the median distance, so that near-duplicates are alike and others hardly. The first tensor of a batch (or
+    `input_ids`) is the input.
     """
     given = getattr(examples.dataset, "embeddings", None)
     if given is not None:
         return _unit(_attribute(given, len(examples), 2, "embeddings", name))
-    rows, projection = [], None
+    rows = []
     for batch in examples.batches(256):
         part = _inputs(batch, name)
         if part.is_floating_point():
-            flat = part.flatten(1).float()
-            if projection is None:
-                seeded = torch.Generator().manual_seed(0)
-                projection = torch.randn(flat.shape[1], width, generator=seeded) / width**0.5
-            rows.append(flat @ projection if flat.shape[1] > width else flat)
+            rows.append(part.flatten(1).float())
         else:
             runs = part.unfold(1, min(grams, part.shape[1]), 1)  # [batch, runs, grams]
             code = torch.zeros_like(runs[..., 0])
@@ -289,7 +287,15 @@ def embeddings_of(examples: Any, name: str, width: int, grams: int) -> Tensor:
                 code = (code * 1_000_003 + runs[..., k] + 1) % 2_147_483_647
             rows.append(torch.zeros(len(part), width).scatter_add_(1, code % width, torch.ones(code.shape)))
     found = torch.cat(rows)
-    return _unit(found - found.mean(0))
+    return _unit(_fourier(found, width) if part.is_floating_point() else found)
+
+
+def _fourier(x: Tensor, width: int) -> Tensor:
+    seeded = torch.Generator().manual_seed(0)
+    pairs = torch.randint(len(x), (2, 512), generator=seeded)
+    scale = (x[pairs[0]] - x[pairs[1]]).norm(dim=1).median().clamp_min(1e-12) / 4
+    angles = (x / scale) @ torch.randn(x.shape[1], (width + 1) // 2, generator=seeded)
+    return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 def _inputs(batch: Any, name: str) -> Tensor:
