@@ -58,10 +58,12 @@ def naive_data_efficient_augmentation(gradients: Tensor, labels: Tensor, count: 
     weights: list[int] = []
     sizes = shares(torch.bincount(labels).tolist(), count)
     for kind, size in enumerate(sizes):
+        if not size:
+            continue
         members = [i for i in range(len(labels)) if int(labels[i]) == kind]
         g = gradients[members].double()
         distance = [[float((a - b).norm()) for b in g] for a in g]
-        largest = max((max(row) for row in distance), default=0.0)
+        largest = max(max(row) for row in distance)
         best = [0.0] * len(members)
         picked: list[int] = []
         for _ in range(size):
@@ -72,7 +74,7 @@ def naive_data_efficient_augmentation(gradients: Tensor, labels: Tensor, count: 
             picked.append(gains.index(max(gains)))
             best = [max(best[i], largest - distance[i][picked[-1]]) for i in range(len(members))]
         near = [min(picked, key=lambda j: (round(distance[i][j], 9), picked.index(j))) for i in range(len(members))]
-        chosen += [members[j] for j in picked] if picked else []
+        chosen += [members[j] for j in picked]
         weights += [near.count(j) for j in picked]
     return torch.tensor(chosen), torch.tensor(weights)
 

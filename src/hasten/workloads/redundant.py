@@ -4,6 +4,9 @@ Of scikit-learn's 1,438 digits for training, every `spacing`-th zero, one and tw
 differ by noise and brightness only; all others are there once. A ViT (2 blocks of width 48, patches of 2x2 pixels) is
 trained from scratch and tested on digits of which all kinds count alike, so that most of an ordinary batch teaches it
 little. For methods that choose data there is a proxy, a perceptron with one hidden layer of 32 units.
+
+The baseline's rate was tuned: of 0.003 and 0.006 the latter came to a cross-entropy of 1.0 first (255 of 400 steps,
+the other 330; one seed); a warm-up of 0.1 instead of 0.3 took 340 steps at 0.003.
 """
 
 import dataclasses
@@ -60,9 +63,9 @@ class Redundant(Workload):
     copies: int = option(100, "copies of such a digit", least=1, most=10_000)
     rows: int = option(32, "images of a training batch", least=1, most=1024)
     steps: int = option(400, "steps of the baseline's schedule", least=10)
-    lr: float = option(3e-3, "peak learning rate of the baseline's AdamW", above=0)
+    lr: float = option(6e-3, "peak learning rate of the baseline's AdamW", above=0)
     warmup: float = option(0.3, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
-    target: float = option(0.8, "held-out cross-entropy in nats at which training stops", above=0)
+    target: float = option(1.0, "held-out cross-entropy in nats at which training stops", above=0)
 
     tunable = {"lr": (5e-4, 2e-2), "warmup": (0.05, 0.5)}
 
