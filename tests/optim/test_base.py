@@ -6,9 +6,10 @@ import dataclasses
 import pytest
 import torch
 
-from conformance.optim import adamw, finish, language_loss, lines, llama, run_of
+from conformance.optim import adamw, finish, language_loss, lines, llama
 from hasten.core.errors import UsageError
 from hasten.hosts.recognise import recognise
+from hasten.optim._optimizers import split_groups
 from hasten.optim.base import MatrixOptimizer, RuleOptimizer, attach
 from hasten.optim.sinkgd import SinkGD
 from hasten.train.run import Run
@@ -41,19 +42,6 @@ class Library:
 
     def make(self, groups):
         return torch.optim.SGD(groups, lr=0.05, momentum=0.9)
-
-
-@dataclasses.dataclass
-class Norms:
-    """Rates by the size of each matrix; `same` makes all of them 1."""
-
-    same: bool = False
-    every: int = 3
-    name: str = "optim/norms"
-
-    def multipliers(self, weights):
-        norms = torch.stack([w.norm() for w in weights])
-        return torch.ones_like(norms) if self.same else norms / norms.mean()
 
 
 def run_with(*methods, seed=0, steps=8, resume=None, optimizer=adamw, schedule=None):
@@ -107,14 +95,7 @@ def test_a_rule_refuses_sharded_weights():
 
 @pytest.mark.parametrize(
     "methods",
-    [
-        (Momentum(),),
-        (Library(),),
-        (Library("matrices"),),
-        (Norms(),),
-        (SinkGD(momentum=0.5), Norms()),
-        (Momentum(), Norms()),
-    ],
+    [(Momentum(),), (Library(),), (Library("matrices"),), (SinkGD(momentum=0.5),)],
     ids=lambda given: "+".join(type(one).__name__ for one in given),
 )
 def test_resume_is_exact(methods, tmp_path):
@@ -137,43 +118,36 @@ def test_a_library_takes_the_matrices_only():
     assert all(("momentum_buffer" in kinds[p]) == (p in mine) for p in kinds)
 
 
-def test_equal_rates_for_every_layer_change_nothing():
-    plain, layered = run_with(), run_with(Norms(same=True))
-    assert finish(plain) == finish(layered)
-    assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(layered), strict=True))
-    assert len(layered.optimizer.param_groups) == 1 + len([*recognise(layered.model).matrices()])
+@pytest.mark.parametrize("old", ["plain", "parts"])
+def test_groups_are_split_without_changing_a_step(old):
+    def run(split):
+        found = run_with(*([SinkGD()] if old == "parts" else []))
+        matrices = [weight for _, weight in recognise(found.model).matrices()]
+        if split:
+            split_groups(found.optimizer, matrices)
+            assert len(found.optimizer.param_groups) == 1 + len(matrices)
+            assert sum(len(group["params"]) for group in found.optimizer.param_groups) == len(found.parameters())
+        finish(found)
+        return weights(found)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(False), run(True), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["function", "scheduler"])
-def test_layers_rates_multiply_the_schedule(kind):
-    def run(factor):
-        model = llama()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        given = lambda step, steps: 0.5  # noqa: E731
-        if kind == "scheduler":
-            given = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
-        found = Run(model, optimizer, lines(), steps=4, schedule=given)
-        method = dataclasses.replace(Norms(), same=False)
-        method.multipliers = lambda weights: torch.full((len(weights),), factor)
-        attach(method, found)
-        found.hooks.fire("attached", found)
-        found.slice(language_loss, steps=2)
-        matrix = id(next(recognise(model).matrices())[1])
-        used = dict(zip(map(lambda g: id(g["params"][0]), found.optimizer.param_groups), found.rates.used, strict=True))
-        return used[matrix]
-
-    assert run(3.0) == pytest.approx(0.15) and run(1.0) == pytest.approx(0.05)
-
-
-def test_growth_keeps_layers_rates():
-    run = run_of("grow/g_stack(factor=2, at=0.5)")
-    attach(Norms(), run)
-    run.hooks.fire("attached", run)
-    finish(run)
-    factors = [g.get("lr_factor") for g in run.optimizer.param_groups if len(g["params"]) == 1]
-    matrices = [p for _, p in recognise(run.model).matrices()]
-    alone = [g["params"][0] for g in run.optimizer.param_groups if "lr_factor" in g]
-    assert {id(p) for p in alone} == {id(p) for p in matrices} and len(set(factors)) > 4
+@pytest.mark.parametrize("kind", ["function", "scheduler", "none"])
+@pytest.mark.parametrize("matrices", [True, False])
+def test_factors_of_groups_multiply_the_schedule(kind, matrices):
+    model = llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = None if kind == "none" else lambda step, steps: 0.5
+    if kind == "scheduler":
+        given = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    found = Run(model, optimizer, lines(), steps=2, schedule=given)
+    if matrices:
+        attach(SinkGD(lr=0.1), found)
+    found.optimizer.param_groups[0]["lr_factor"] = 3.0
+    found.slice(language_loss)
+    wanted = 0.1 * (1.0 if kind == "none" else 0.5)
+    assert found.rates.used == pytest.approx([3 * wanted, wanted][: len(found.rates.used)])
 
 
 def test_an_optimizer_with_two_modes_is_switched_around_evaluations():

@@ -4,7 +4,6 @@ A method that does not `attach` itself has one of these verbs:
 
     choose(examples, run) -> [n] int64       which examples the passes to come are made of; `every`: after how many
                                              passes it chooses anew, 0 for never
-    batches(lengths, generator) -> lists     the batches of a pass, as lists of indices, by the examples' lengths [N, d]
     shapes(steps) -> [steps, 4]              fractions of the length T and the side S of each step's batch, and again of
                                              the two as the learning rate follows them; with `batch_power` and
                                              `lr_power`: the batch grows by (1 / fraction)^batch_power, the rate by
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 from hasten.core.errors import UsageError
 from hasten.data._batches import apply_to, tensors
 from hasten.data._examples import Examples
-from hasten.data._samplers import Buckets, Chosen
+from hasten.data._samplers import Chosen
 
 
 class Selection(Protocol):
@@ -37,14 +36,6 @@ class Selection(Protocol):
     @property
     def every(self) -> int: ...
     def choose(self, examples: Examples, run: Any) -> Tensor: ...
-
-
-class Batching(Protocol):
-    """A method that puts examples together by their lengths."""
-
-    @property
-    def name(self) -> str: ...
-    def batches(self, lengths: Tensor, generator: torch.Generator) -> list[list[int]]: ...
 
 
 class Shape(Protocol):
@@ -63,13 +54,11 @@ def attach(method: Any, run: Any) -> None:
     """Makes the run's data follow a method.
 
     Raises:
-        UsageError: the loader's data can't be chosen from or batched by length; for shapes, the run's length is not
-            known, or the model takes one image size only.
+        UsageError: the loader's data can't be chosen from; for shapes, the run's length is not known, or the model
+            takes one image size only.
     """
     if hasattr(method, "choose"):
         _attach_selection(method, run)
-    elif hasattr(method, "batches"):
-        _attach_batching(method, run)
     else:
         _attach_shape(method, run)
 
@@ -107,14 +96,6 @@ def _attach_selection(method: Selection, run: Any) -> None:
 def _grad(choose: Callable[[Examples, Any], Tensor], examples: Examples, run: Any) -> Tensor:
     """A choice may train a small model of its own."""
     return choose(examples, run)
-
-
-def _attach_batching(method: Batching, run: Any) -> None:
-    examples = Examples(method.name, run.loader, run.device)
-    sampler = Buckets(examples.lengths(), method.batches, run.seed, run.rank, run.processes)
-    if not len(sampler):
-        raise UsageError(f"{method.name} makes fewer batches than there are processes: give more data")
-    run.replace_loader(examples.loader_over(sampler, batches=True))
 
 
 def _attach_shape(method: Shape, run: Any) -> None:

@@ -14,7 +14,6 @@ A method of this family has one of these verbs, all of them pure, or an `attach(
                 each parameter's weight decay: the method's `weight_decay`, or the person's where that is None.
     Made:       make(groups) -> an optimizer of a library; `takes`: all parameters, or the matrices.
     Schedule:   schedule(steps) -> [steps] factors on every group's initial learning rate, one for each optimizer step.
-    Layerwise:  multipliers(weights) -> [k] factors on the learning rates of the matrices, anew each `every` steps.
 
 The host says which parameters are matrices of hidden layers. Everything that a method does not take over stays with the
 person's own optimizer class and parameter groups.
@@ -30,9 +29,9 @@ import torch
 from torch import Tensor
 
 from hasten.core.errors import UsageError
-from hasten.optim._optimizers import Parts, RuleOptimizer, StackOptimizer, split_groups, stacks, taken, without
+from hasten.optim._optimizers import Parts, RuleOptimizer, StackOptimizer, stacks, taken, without
 
-__all__ = ["Layerwise", "Made", "MatrixOptimizer", "Rule", "RuleOptimizer", "Schedule", "Update", "attach", "stacks"]
+__all__ = ["Made", "MatrixOptimizer", "Rule", "RuleOptimizer", "Schedule", "Update", "attach", "stacks"]
 
 State = dict[str, Any]
 
@@ -93,17 +92,6 @@ class Schedule(Protocol):
     def schedule(self, steps: int) -> Tensor: ...
 
 
-@runtime_checkable
-class Layerwise(Protocol):
-    """A method that gives each matrix a learning rate of its own."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def every(self) -> int: ...
-    def multipliers(self, weights: list[Tensor]) -> Tensor: ...
-
-
 class MatrixOptimizer(Parts):
     """Matrices go to a method, all other parameters to the person's own optimizer.
 
@@ -147,8 +135,6 @@ def attach(method: Any, run: Any) -> None:
         run.replace_optimizer(lambda old, run: RuleOptimizer(method, old))
     elif isinstance(method, Made):
         _attach_made(method, run)
-    elif isinstance(method, Layerwise):
-        _attach_layerwise(method, run)
     else:
         _attach_schedule(method, run)
 
@@ -182,30 +168,6 @@ def _attach_made(method: Made, run: Any) -> None:
 
     if switched:
         run.on("evaluate", averaged)
-
-
-def _attach_layerwise(method: Layerwise, run: Any) -> None:
-    done = {"step": -1}  # the step that the factors were last set at; -1: they are due
-
-    def split(run: Any) -> None:
-        split_groups(run.optimizer, _matrices(run))
-        done["step"] = -1
-
-    def gradients(run: Any) -> None:
-        if done["step"] == run.step or (run.step % method.every and done["step"] >= 0):
-            return
-        done["step"] = run.step
-        trained = {id(p): group for group in run.optimizer.param_groups for p in group["params"]}
-        matrices = [p for p in _matrices(run) if id(p) in trained]
-        for p, factor in zip(matrices, method.multipliers(matrices).tolist(), strict=True):
-            trained[id(p)]["lr_factor"] = factor
-
-    run.replace_optimizer(lambda old, run: without(old, []) if not isinstance(old, Parts) else old)
-    run.on("attached", split)
-    run.on("resize", split)
-    run.on("gradients", gradients)
-    run.on("checkpoint", lambda run, state: state.update({method.name: dict(done)}))
-    run.on("restore", lambda run, state: done.update(state[method.name]))
 
 
 def _attach_schedule(method: Any, run: Any) -> None:
