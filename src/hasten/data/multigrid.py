@@ -38,6 +38,7 @@ CARD = Card(
     needs=("steps",),
     when="Video or high-resolution images, or long sequences, trained for many epochs.",
     when_not="Small images or short sequences, whose steps are not dearer; data that can't be resized.",
+    tune={"horizon": (0.3, 1.0), "batch_power": (0.1, 1.0)},
 )
 
 HALF = 0.5**0.5

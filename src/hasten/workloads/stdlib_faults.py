@@ -3,7 +3,8 @@
 The bundled model `draft` (2 layers, a token a byte) is fine-tuned on the functions; quality is how sure it is, on
 held-out functions, of the right byte against the variant's where the two part. A fault is one of: a comparison or an
 operator exchanged (`<` for `<=`, `and` for `or`), a whole number one too large, True for False, another of the
-function's names. The rest of the text stays as it is written.
+function's names. The rest of the text stays as it is written. Before it is tuned the model has 0.72 nats, where 0.69
+is guessing; of rates from 0.0005 to 0.002, 0.001 was the steadiest of those that came below 0.6 in 100 steps.
 """
 
 import ast
@@ -18,7 +19,7 @@ from hasten.core.options import option
 from hasten.workloads import models, text, weights
 from hasten.workloads._pairs import Pair, PairWorkload
 
-FAULTS = 4  # variants of a held-out function at most
+FAULTS = 8  # variants of a held-out function at most
 OTHER = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is not": "is", "is": "is not",
          "not in": "in", "in": "not in", "+": "-", "-": "+", "*": "+", "//": "*", "%": "*", "/": "*", "and": "or",
          "or": "and", "True": "False", "False": "True"}  # fmt: skip
@@ -29,7 +30,8 @@ class StdlibFaults(PairWorkload):
     length: int = option(128, "bytes of a function at most", least=16, most=1024)
     texts: int = option(800, "functions for training", least=16, most=100_000)
     steps: int = option(120, "steps of the baseline's schedule", least=10)
-    target: float = option(0.575, "held-out loss of telling right from wrong at which training stops", above=0)
+    examples: int = option(400, "held-out pairs at most that quality is measured on", least=8, most=65536)
+    target: float = option(0.6, "held-out loss of telling right from wrong at which training stops", above=0)
 
     @classmethod
     def title(cls) -> str:
