@@ -29,6 +29,7 @@ from hasten.core.cards import Card
 from hasten.core.errors import UsageError
 from hasten.core.options import Method, option
 from hasten.grow import _widths
+from hasten.grow.base import check_growable
 from hasten.hosts.anatomy import first_tensor
 from hasten.hosts.changes import Changes
 from hasten.hosts.widths import Sizes, Widths
@@ -113,6 +114,7 @@ class ComPT(Method):
         """
         if not self.at:
             return
+        check_growable(self.name, run)
         _Chain(self, run)
 
 

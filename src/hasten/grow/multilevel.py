@@ -26,6 +26,7 @@ from torch import Tensor
 from hasten.core.cards import Card
 from hasten.core.options import Method, option
 from hasten.grow import _widths
+from hasten.grow.base import check_growable
 from hasten.hosts.axes import Axis, mapped
 from hasten.hosts.widths import Sizes, Widths
 
@@ -126,6 +127,7 @@ class Multilevel(Method):
         """
         if self.levels == 1:
             return
+        check_growable(self.name, run)
         widths, stages = Widths(run.host), self.stages(run.steps)
         sizes = [widths.check(self.width**-level, self.depth**-level) for level in range(self.levels)]
         state, at, rise = run.state[self.name], {"stage": 0}, round(self.warmup * run.steps)
