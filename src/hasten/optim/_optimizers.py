@@ -121,8 +121,7 @@ class StackOptimizer(torch.optim.Optimizer):
         step, state = self.method.update(gradients, state)
         for name, value in state.items():
             for p, own in zip(weights, value.unbind(), strict=True):
-                if own.data_ptr() != self.state[p][name].data_ptr():
-                    self.state[p][name].copy_(own)
+                self.state[p][name].copy_(own)
         if any(decay):
             torch._foreach_mul_(weights, [1 - rate * d for rate, d in zip(lr, decay, strict=True)])
         steps = list(step.to(weights[0].dtype).unbind())
