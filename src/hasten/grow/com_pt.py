@@ -45,7 +45,7 @@ CARD = Card(
     identity={"widths": (), "depths": (), "at": ()},
     needs=("steps",),
     hosts=("decoder", "vit"),
-    experiment=("digits-vit(task=train)", "grow/com_pt(widths=[0.5], depths=[0.5], at=[0.4])"),
+    experiment=("digits-vit(task=train)", "grow/com_pt(widths=[0.5], depths=[0.5], at=[0.4], alpha=50)"),
     tune={"alpha": (1.0, 1000.0)},
     when="Pre-training a family of models, or one large model from scratch.",
     when_not="Fine-tuning: the model's weights are dropped but for those that the expansion leaves.",
