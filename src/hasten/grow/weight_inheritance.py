@@ -41,7 +41,7 @@ CARD = Card(
     experiment=("digits-pairs(task=train)", "grow/weight_inheritance(alpha=0.5, until=0.05)"),
     tune={"alpha": (0.1, 1.0)},
     when="A small CLIP (or decoder, or vision transformer: alpha=0) is wanted, and a larger one of its kind is there.",
-    when_not="No larger model of the same classes is there; one so much dearer that mimicking it costs more than it saves.",
+    when_not="No larger model of the same classes is there, or mimicking it costs more than the steps that it saves.",
 )
 
 
