@@ -14,8 +14,8 @@ def test_domains_are_apart_and_parts_too():
     assert bytes(two_domains.prose(False)[:1]) == b"\0"
     train, held_out = (bytes(two_domains.prose(part)) for part in (False, True))
     assert len(train) > 200_000 and 20_000 < len(held_out) < len(train) / 6
-    assert train.count(b"\0") == held_out.count(b"\0") > 50
-    assert not any(len(topic) > 100 and topic in train for topic in held_out.split(b"\0"))
+    assert train.count(b"\0") >= held_out.count(b"\0") > 30
+    assert not any(topic and topic in train for topic in held_out.split(b"\0"))
 
 
 def test_every_batch_is_half_of_either_domain():

@@ -41,7 +41,7 @@ CARD = Card(
     identity="there are none: the model becomes another one, of more weights",
     needs=("teacher", "steps"),
     hosts=("decoder",),
-    experiment=("two-domains", "grow/bam"),
+    experiment=("two-domains", "grow/bam(seed_expert=false)"),
     tune={"balance": (0.001, 0.1), "z": (0.0001, 0.01)},
     when="Dense models of one seed are there, each good at a domain, and one model must be good at all of them.",
     when_not="The dense models would have to be trained first, or inference must stay as cheap as one of them.",

@@ -43,7 +43,7 @@ CARD = Card(
     claimed=23.0,
     identity="there are none: the weights that are evaluated are never those that are trained",
     needs=("steps", "losses"),
-    experiment=("digits-dit(task=train)", "grow/lcsc"),
+    experiment=("stdlib-lm(task=train)", "grow/lcsc"),
     tune={"mutation": (0.01, 0.3), "start": (0.05, 0.6)},
     when="Diffusion and consistency models, and other runs whose weights jitter around a better mean.",
     when_not="Weights that don't fit into memory several times; the very first part of a run.",

@@ -6,15 +6,18 @@ one of y from (y + z); a pass is T rounds of which only the last has gradients; 
 another (deep supervision), each from the detached states of the one before and each with an answer of its own.
 
 There are 288 filled 4x4 grids; a sixth of them is held out. A puzzle is a grid of which cells were emptied in random
-order as long as the rest allows one solution only. Training batches are made on the spot. Quality is the last pass's
-cross-entropy over the empty cells of held-out puzzles, always at full depth.
+order as long as the rest allows one solution only; twenty puzzles of each grid are trained on. Quality is the last
+pass's cross-entropy over the empty cells of held-out puzzles, always at full depth.
 
-TUNED
+The baseline was tuned on puzzles of at least 6 givens and a schedule of 80 steps: rates of 0.004, 0.006 and 0.01 came
+to the target in 60, 50 and 60 steps. With 4 givens 0.006 takes about 90 of 120 steps.
 """
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -160,6 +163,8 @@ class Sudoku(Workload):
     lr: float = option(6e-3, "peak learning rate of the baseline's AdamW", above=0)
     warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(0.05, "cross-entropy in nats over empty cells at which training stops", above=0)
+
+    tunable: ClassVar[Mapping[str, tuple[float, float]]] = {"lr": (1e-3, 3e-2), "warmup": (0.02, 0.4)}
 
     @classmethod
     def title(cls) -> str:

@@ -1,12 +1,13 @@
 """two-domains: one small Llama that must be good at two kinds of text, source code and prose; a token is a byte.
 
 The source is that of Python's standard library (`workloads.text`), the prose is Python's language reference, which
-every installation has in `pydoc_data.topics`; a twelfth of its topics is held out. Everything is prepared on the spot,
-once a process: a seed model, trained on both for `seed_steps`, and from it two dense models, each trained on for
+every installation has in `pydoc_data.topics`; the last eighth of each topic is held out. Everything is prepared on the
+spot, once a process: a seed model, trained on both for `seed_steps`, and from it two dense models, each trained on for
 `dense_steps` on one domain alone. Training begins with the seed model, each batch half of either domain; the dense
 models are handed to methods that need a teacher, as a list. Quality is bits per byte over held-out text of both.
 
-TUNED
+The baseline trains the seed model on. Of the rates 0.004, 0.006, 0.008, 0.01 and 0.015, tried for one or two orders of
+the data with a schedule of 150 steps, 0.006 and 0.008 came lowest; 0.006 reaches the target in 130 steps.
 """
 
 import copy
@@ -29,15 +30,16 @@ PREPARED_RATE = 4e-3
 
 @functools.cache
 def prose(held_out: bool) -> np.ndarray:
-    """One part of every topic joined, uint8 [bytes]; the last eighth of each is held out."""
+    """One part of every topic joined, uint8 [bytes]: the last eighth is held out, where no other topic repeats it."""
     from pydoc_data.topics import topics
 
-    parts = []
-    for name in sorted(topics):
-        words = np.frombuffer(topics[name].encode(), np.uint8)
-        cut = len(words) * 7 // 8
-        parts += [np.array([text.DOCUMENT], np.uint8), words[cut:] if held_out else words[:cut]]
-    return np.concatenate(parts)
+    texts = [topics[name].encode() for name in sorted(topics)]
+    document = bytes([text.DOCUMENT])
+    train = b"".join(document + words[: len(words) * 7 // 8] for words in texts)
+    if held_out:
+        tails = [words[len(words) * 7 // 8 :] for words in texts]
+        return np.frombuffer(b"".join(document + tail for tail in tails if tail not in train), np.uint8)
+    return np.frombuffer(train, np.uint8)
 
 
 def stream(domain: str, held_out: bool) -> np.ndarray:
@@ -75,7 +77,7 @@ class TwoDomains(Workload):
     steps: int = option(150, "steps of the baseline's schedule", least=10)
     lr: float = option(6e-3, "peak learning rate of the baseline's AdamW", above=0)
     warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
-    target: float = option(3.0, "bits per byte on held-out text of both domains at which training stops", above=0)
+    target: float = option(3.55, "bits per byte on held-out text of both domains at which training stops", above=0)
 
     tunable: ClassVar[Mapping[str, tuple[float, float]]] = {"lr": (1e-3, 2e-2), "warmup": (0.02, 0.4)}
 
