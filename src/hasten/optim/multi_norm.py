@@ -39,9 +39,9 @@ CARD = Card(
     identity="it replaces the optimizer of the matrices, so no option leaves the steps as they were",
     experiment=(
         "stdlib-lm(task=train)",
-        "optim/multi_norm(norms=[row, spectral], iterations=1, momentum=0.9, lr=0.002, rest_lr=0.006)",
+        "optim/multi_norm(norms=[row, spectral], iterations=1, newton=6, momentum=0.9, lr=0.0007)",
     ),
-    tune={"lr": (1e-4, 1e-2), "rest_lr": (1e-3, 2e-2)},
+    tune={"lr": (2e-4, 5e-3), "rest_lr": (1e-3, 2e-2)},
     when="Trying which norms suit a model; short of memory for an optimizer's state.",
     when_not="Norms (row, column): optim/sinkgd is that, in a fraction of the time. Fine-tuning.",
 )
