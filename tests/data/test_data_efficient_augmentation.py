@@ -82,7 +82,7 @@ def test_the_choice_follows_the_model_every_r_passes():
 
 
 def test_augmentation_differs_from_pass_to_pass_and_not_within_one():
-    data = Doubled(Warped(), Warped().augment, seed=3)
+    data = Doubled(Warped(2), Warped(2).augment, seed=3)
     first = data[400][0]
     assert torch.equal(first, data[400][0])
     assert not torch.equal(first, data.plain(40)[0]) and torch.equal(data[40][0], data.plain(40)[0])
@@ -91,7 +91,7 @@ def test_augmentation_differs_from_pass_to_pass_and_not_within_one():
 
 
 def test_the_data_sets_own_augmentation():
-    loader = torch.utils.data.DataLoader(Warped(), batch_size=8, shuffle=True)
+    loader = torch.utils.data.DataLoader(Warped(2), batch_size=8, shuffle=True)
     run = begin(DataEfficientAugmentation(fraction=0.1), loader=loader)
     entries = run.state["data/data_efficient_augmentation"]["entries"]
     assert len(entries) == 360 + 36

@@ -12,7 +12,7 @@ from hasten.workloads.digits import digits
 from hasten.workloads.redundant import redundant_digits
 from hasten.workloads.transfer import CLASSES, WAYS, glyphs, task
 
-NAMES = ("redundant(copies=2, rows=4)", "transfer(width=4, rows=4)", "augmented-digits(width=4, rows=4)")
+NAMES = ("redundant(copies=2, rows=4)", "transfer(width=4, rows=4)", "augmented-digits(width=4, rows=4, finer=2)")
 
 
 def test_copies_are_near_their_source_and_of_common_kinds():
@@ -41,7 +41,7 @@ def test_source_and_task_share_no_image():
 
 
 def test_every_reading_warps_anew_and_plain_does_not():
-    data = Warped()
+    data = Warped(2)
     torch.manual_seed(0)
     first, second = data[3][0], data[3][0]
     assert not torch.equal(first, second) and torch.equal(data.plain(3)[0], data.plain(3)[0])

@@ -38,9 +38,9 @@ CARD = Card(
     claimed=6.3,
     identity="the data set has plain and augmented examples side by side, in another order, whatever the options",
     needs=("losses",),
-    experiment=("augmented-digits", "data/data_efficient_augmentation(fraction=0.2, every=2)"),
+    experiment=("augmented-digits", "data/data_efficient_augmentation(fraction=0.3, every=2)"),
     tune={"fraction": (0.02, 0.8)},
-    when="Augmentation costs as much as a training step or more, on data with class labels.",
+    when="Augmentation costs several times a training step, on data with class labels.",
     when_not="Cheap augmentation, or one that runs beside training on idle cores; data without classes.",
 )
 

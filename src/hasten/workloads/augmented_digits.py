@@ -1,9 +1,12 @@
 """augmented-digits: few digits, and an augmentation that costs more than the step.
 
-360 of scikit-learn's digits train a small convolutional network, each warped anew (turned, scaled, moved and bent:
-`hasten.data._augment.warp`) whenever it is read. The held-out digits are warped too, each once and for all, so that a
-network that never saw a warped one falls behind. The data set has `plain(index)` and `augment(example, generator)`, for
-methods that augment some examples only.
+360 of scikit-learn's digits train a small convolutional network, each warped anew whenever it is read: turned, scaled,
+moved and bent (`hasten.data._augment.warp`), at `finer` times the resolution, so that 32 warps take some five times as
+long as a training step on them. The held-out digits are warped too, each by the same numbers always, and a network that
+never saw a warped one falls behind: without augmentation it stays at a cross-entropy of 1.1. The data set has
+`plain(index)` and `augment(example, generator)`, for methods that augment some examples only.
+
+The baseline's rate was tuned: of 0.003, 0.006 and 0.01 (on held-out digits as they are) 0.006 fell fastest.
 """
 
 import dataclasses
@@ -20,11 +23,20 @@ from hasten.workloads.base import Metric, Workload, warm_cosine
 from hasten.workloads.digits import CLASSES, digits
 from hasten.workloads.transfer import GlyphNet
 
+HELD_OUT = 8  # times the resolution at which held-out digits are warped
+
+
+def warped(image: Tensor, generator: torch.Generator, finer: int) -> Tensor:
+    """The image [C, H, W] enlarged `finer` times, warped and brought back to its size."""
+    large = nn.functional.interpolate(image[None], scale_factor=finer, mode="bicubic")[0]
+    return nn.functional.avg_pool2d(warp(large, generator), finer)
+
 
 class Warped(torch.utils.data.Dataset):
     """Every fourth digit for training, warped when it is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, finer: int = 16) -> None:
+        self.finer = finer
         images, labels = digits(False)
         self.images, self.labels = images[::4].contiguous(), labels[::4].contiguous()
 
@@ -35,7 +47,7 @@ class Warped(torch.utils.data.Dataset):
         return self.images[index], self.labels[index]
 
     def augment(self, example: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        return warp(example[0], generator), example[1]
+        return warped(example[0], generator, self.finer), example[1]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         seed = int(torch.randint(2**62, ()))  # of the run's own random state
@@ -47,18 +59,19 @@ def held_out() -> tuple[Tensor, Tensor]:
     """The held-out digits, warped by the same numbers always."""
     images, labels = digits(True)
     generator = torch.Generator().manual_seed(0)
-    return torch.stack([warp(image, generator) for image in images]), labels
+    return torch.stack([warped(image, generator, HELD_OUT) for image in images]), labels
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentedDigits(Workload):
     task: str = option("train", "what is done", choices=("train",))
     width: int = option(16, "channels of the network", least=4, most=512)
+    finer: int = option(16, "times the resolution at which a digit is warped; what that costs", least=1, most=64)
     rows: int = option(32, "images of a training batch", least=1, most=360)
-    steps: int = option(250, "steps of the baseline's schedule", least=10)
-    lr: float = option(3e-3, "peak learning rate of the baseline's AdamW", above=0)
+    steps: int = option(300, "steps of the baseline's schedule", least=10)
+    lr: float = option(6e-3, "peak learning rate of the baseline's AdamW", above=0)
     warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
-    target: float = option(0.25, "held-out cross-entropy in nats at which training stops", above=0)
+    target: float = option(0.6, "held-out cross-entropy in nats at which training stops", above=0)
 
     tunable = {"lr": (5e-4, 3e-2), "warmup": (0.02, 0.5)}
 
@@ -80,7 +93,7 @@ class AugmentedDigits(Workload):
 
     def batches(self, seed: int) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(
-            Warped(),
+            Warped(self.finer),
             batch_size=self.rows,
             shuffle=True,
             drop_last=True,
