@@ -46,7 +46,7 @@ CARD = Card(
     experiment=("stdlib-lm(task=train)", "grow/lcsc"),
     tune={"mutation": (0.01, 0.3), "start": (0.05, 0.6)},
     when="Diffusion and consistency models, and other runs whose weights jitter around a better mean.",
-    when_not="Weights that don't fit into memory several times; the very first part of a run.",
+    when_not="Runs whose rate decays anyway: their last weights hardly jitter. Memory for less than K weights.",
 )
 
 RATES = (0.3, 0.5, 0.7, 0.85, 0.95)
