@@ -41,11 +41,11 @@ CARD = Card(
     identity="the layers hold fewer numbers from the first step on, so no option leaves the steps as they were",
     experiment=(
         "stdlib-lm(task=train)",
-        "optim/weight_refactorization(every=50) + optim/momentum_reset(every=50)",
+        "optim/weight_refactorization(rank=0.35, every=50) + optim/momentum_reset(every=50)",
     ),
     tune={"rank": (0.1, 0.45)},
     when="Pre-training where the memory of weights, gradients and optimizer state is what is short.",
-    when_not="Where the full weights fit: they reach a lower loss in as many steps. Layers of a few hundred columns.",
+    when_not="Where the full weights fit: they reach a lower loss in as many steps. Layers of about a hundred columns.",
 )
 
 
