@@ -11,6 +11,11 @@
 The last tenth of a text is held out (of the library, whole files). `epochs=N` trains on as small a part of the rest as
 the schedule's steps pass over N times; the loader's data set then names the whole part as its `larger`, which
 `data/one_epoch` trains on. `dropout` is GPT-2's, on embeddings, attention and residuals.
+
+The baseline was tuned on the library in runs of 200 steps: rates of 0.0015, 0.002, 0.003 and 0.006, warm-ups of 0.2 and
+0.4. 0.003 with 0.2 and 0.002 with 0.4 came to the lowest loss (3.43 and 3.42 bits; the others to 3.46 and 3.73). The
+targets are those of size=small at the default length, rows and steps, which reach 3.27 to 3.42 bits; the base size,
+and fewer steps, need a `goal` of their own.
 """
 
 import dataclasses
@@ -38,7 +43,7 @@ CORPORA = {
     "gsm8k": "gsm8k/train.jsonl.gz",
 }
 SIZES = {"small": (96, 3, 4), "base": (192, 6, 6)}  # width, layers, heads
-TARGETS = {"stdlib": 3.3, "tinyshakespeare": 3.0, "tinystories": 2.7, "wikitext2": 3.2, "gsm8k": 2.7}
+TARGETS = {"stdlib": 3.32, "tinyshakespeare": 3.48, "tinystories": 3.27, "wikitext2": 3.3, "gsm8k": 3.4}
 
 
 class Windows(torch.utils.data.Dataset):
