@@ -109,6 +109,21 @@ def test_resume_is_exact(methods, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(weights(run), weights(again), strict=True))
 
 
+def test_a_rules_state_keeps_its_number_type():
+    def make():
+        parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+        parameter.grad = torch.full((3,), 0.1, dtype=torch.bfloat16)
+        return parameter, RuleOptimizer(Momentum(), torch.optim.SGD([parameter], lr=1.0))
+
+    parameter, optimizer = make()
+    optimizer.step()
+    optimizer.state[parameter]["average"] = torch.full((3,), 1 / 3)
+    other, again = make()
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state[other]["average"].dtype == torch.float32
+    assert torch.equal(again.state[other]["average"], torch.full((3,), 1 / 3))
+
+
 def test_a_library_takes_the_matrices_only():
     run = run_with(Library("matrices"))
     mine = {id(weight) for _, weight in recognise(run.model).matrices()}

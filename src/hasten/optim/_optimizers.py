@@ -57,12 +57,7 @@ class Parts(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        saved = [place for group in state_dict["param_groups"] for place in group["params"]]
-        own = [p for group in self.param_groups[: sum(self._counts[:-1])] for p in group["params"]]
-        for place, p in zip(saved, own, strict=False):  # torch casts the state to the weight's type; this keeps its own
-            for name, value in state_dict["state"].get(place, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[p][name] = value.detach().to(p.device, copy=True)
+        _keep_types(self, state_dict, sum(self._counts[:-1]))
         self._share()
 
     @torch.no_grad()
@@ -189,8 +184,19 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        _keep_types(self, state_dict, len(self.param_groups))
         common = state_dict["state"].get(COMMON, {})
         self.state[COMMON] = {name: value.detach().clone() for name, value in common.items()}
+
+
+def _keep_types(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any], groups: int) -> None:
+    """Gives the states of the first groups their saved number types back, which torch casts to the weights'."""
+    saved = [place for group in state_dict["param_groups"] for place in group["params"]]
+    own = [p for group in optimizer.param_groups[:groups] for p in group["params"]]
+    for place, p in zip(saved, own, strict=False):
+        for name, value in state_dict["state"].get(place, {}).items():
+            if isinstance(value, Tensor):
+                optimizer.state[p][name] = value.detach().to(p.device, copy=True)
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:

@@ -28,7 +28,7 @@ CARD = Card(
     claim="generalises as SGD with momentum does, where Adam with l2 regularisation falls behind; no speed is claimed",
     claimed=None,
     identity="it replaces the optimizer of all parameters; with the person's own options its fused kernel rounds apart",
-    experiment=("tabular-mlp", "optim/adamw"),
+    experiment=("tabular-mlp", "optim/adamw(lr=0.003)"),
     tune={"lr": (1e-4, 1e-1)},
     when="To try another rate, betas or weight decay on a run whose own optimizer stays as it is, or to tune them.",
     when_not="A run whose own AdamW is tuned already.",
