@@ -180,6 +180,9 @@ def test_examples_are_read_as_the_loader_reads_them():
     (batch,) = examples.batches(5, [6, 0])
     assert batch.tolist() == [[6.0] * 7, [0.0] + [-1.0] * 6]
     assert examples.lengths()[:3].tolist() == [[1, 2], [2, 2], [3, 2]]
+    columns = Examples("data/x", DataLoader(data(), batch_size=3), torch.device("cpu"))
+    for quick, plain in zip(columns.batches(7), DataLoader(data(), batch_size=7), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(quick, plain, strict=True))
     bare = Examples("data/x", DataLoader([1, 2, 3]), torch.device("cpu"))
     with pytest.raises(UsageError, match="attribute lengths"):
         bare.lengths()

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, TensorDataset, default_collate
 
 from hasten.core.errors import UsageError
 from hasten.data._batches import on_device, tensors
@@ -36,7 +36,7 @@ class Examples:
 
     @property
     def batch_size(self) -> int:
-        return int(self.loader.batch_size)
+        return int(self.loader.batch_size or 1)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -49,8 +49,11 @@ class Examples:
         wanted = list(range(len(self)) if indices is None else (int(i) for i in indices))
         size = size or self.batch_size
         collate = self.loader.collate_fn
+        columns = isinstance(self.dataset, TensorDataset) and collate is default_collate
         for at in range(0, len(wanted), size):
-            yield on_device(collate([self.dataset[i] for i in wanted[at : at + size]]), self.device)
+            rows = wanted[at : at + size]
+            made = [column[rows] for column in self.dataset.tensors] if columns else collate([self[i] for i in rows])
+            yield on_device(made, self.device)
 
     def lengths(self) -> Tensor:
         """[N, d] int64: the data set's attribute `lengths`, else the first dimension of each example's tensors.
