@@ -40,7 +40,7 @@ CARD = Card(
     claim="a 7B model reaches with 194B tokens the loss of 300B tokens from scratch: 54.6% fewer FLOPs to equal loss",
     claimed=1.546,
     identity={"factor": 1},
-    experiment=("stdlib-lm(task=train)", "grow/g_stack(factor=2, at=0.6)"),
+    experiment=("stdlib-lm(task=train, length=64, rows=8, target=3.3)", "grow/g_stack(factor=2, at=0.6)"),
     needs=("steps",),
     hosts=("decoder", "vit"),
     tune={"at": (0.02, 0.8), "warmup": (0.005, 0.2)},

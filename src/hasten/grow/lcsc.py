@@ -43,7 +43,7 @@ CARD = Card(
     claimed=23.0,
     identity="there are none: the weights that are evaluated are never those that are trained",
     needs=("steps", "losses"),
-    experiment=("stdlib-lm(task=train)", "grow/lcsc"),
+    experiment=("stdlib-lm(task=train, length=64, rows=8, target=3.3)", "grow/lcsc"),
     tune={"mutation": (0.01, 0.3), "start": (0.05, 0.6)},
     when="Diffusion and consistency models, and other runs whose weights jitter around a better mean.",
     when_not="Runs whose rate decays anyway: their last weights hardly jitter. Memory for less than K weights.",

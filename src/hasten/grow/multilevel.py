@@ -41,7 +41,10 @@ CARD = Card(
     identity={"levels": 1},
     needs=("steps",),
     hosts=("decoder", "vit"),
-    experiment=("stdlib-lm(task=train)", "grow/multilevel(width=1, initial=0.05, small=0.5, alpha=0.9)"),
+    experiment=(
+        "stdlib-lm(task=train, length=64, rows=8, target=3.3)",
+        "grow/multilevel(width=1, initial=0.05, small=0.5, alpha=0.9)",
+    ),
     tune={"alpha": (0.1, 1.0), "small": (0.2, 0.7)},
     when="Pre-training from scratch for long: while the small model trains, a step costs a quarter or less.",
     when_not="Fine-tuning (halving destroys what was learnt), and models whose width or depth is odd.",

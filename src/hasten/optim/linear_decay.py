@@ -39,7 +39,7 @@ CARD = Card(
     claim="linear decay matches or beats every usual schedule, cosine included, on ten problems; no speed is claimed",
     claimed=None,
     identity="it sets the learning rate of every step, so no option leaves the run as it was",
-    experiment=("stdlib-lm(task=train)", "optim/linear_decay(warmup=0.4)"),
+    experiment=("stdlib-lm(task=train, length=64, rows=8, target=3.3)", "optim/linear_decay(warmup=0.4)"),
     needs=("steps",),
     tune={"warmup": (0.02, 0.5), "horizon": (0.5, 1.0)},
     when="Any run of known length; `horizon` below 1 brings the fall of the loss that decay gives forward in time.",

@@ -37,7 +37,7 @@ CARD = Card(
     claim="up to 1.5x fewer tokens than AdamW with one rate; LLaMA 60M to 3B on FineWeb; 1B zero-shot 47.09 to 49.02",
     claimed=1.5,
     identity={"low": 1.0, "high": 1.0},
-    experiment=("stdlib-lm(task=train)", "optim/llr(every=10, smooth=10)"),
+    experiment=("stdlib-lm(task=train, length=64, rows=8, target=3.3)", "optim/llr(every=10, smooth=10)"),
     needs=("steps",),
     tune={"high": (1.2, 6.0), "every": (5.0, 80.0)},
     when="Pre-training transformers from scratch at a rate that was tuned without it.",

@@ -32,7 +32,7 @@ CARD = Card(
     claim="low-rank LLaMA 1B on C4 with this and weight refactorization: lower perplexity than GaLore and Fira",
     claimed=None,
     identity={"every": 1000000000},
-    experiment=("stdlib-lm(task=train)", "optim/momentum_reset(every=50)"),
+    experiment=("stdlib-lm(task=train, length=64, rows=8, target=3.3)", "optim/momentum_reset(every=50)"),
     tune={"every": (20, 200)},
     when="With optim/weight_refactorization, and where spikes of the gradient spoil the moments for long.",
     when_not="Short runs, and second moments with a long memory (beta2 of 0.999): they are relearnt after each reset.",

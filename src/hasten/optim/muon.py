@@ -29,7 +29,7 @@ CARD = Card(
     claim="about 2x AdamW's computational efficiency in compute-optimal training of language models; one buffer",
     claimed=2.0,
     identity="it replaces the optimizer of the matrices, so no option leaves the steps as they were",
-    experiment=("stdlib-lm(task=train)", "optim/muon(lr=0.003)"),
+    experiment=("stdlib-lm(task=train, length=64, rows=8, target=3.3)", "optim/muon(lr=0.008, rest_lr=0.006)"),
     tune={"lr": (5e-4, 2e-2), "rest_lr": (1e-3, 2e-2)},
     when="Training a transformer from scratch; with match_rms_adamw the rate that was tuned for AdamW is a good start.",
     when_not="Fine-tuning a model that AdamW has trained; small batches on a CPU, where 15 products a step are dear.",

@@ -31,7 +31,7 @@ CARD = Card(
     claim="3x effective speedup over Adam: LLaMA 1B on C4, batches of 130k tokens, to Adam's perplexity; SGD's memory",
     claimed=3.0,
     identity="it replaces the optimizer of the matrices, so no option leaves the steps as they were",
-    experiment=("stdlib-lm(task=train)", "optim/sinkgd(momentum=0.9, lr=0.0007)"),
+    experiment=("stdlib-lm(task=train, length=64, rows=8, target=3.3)", "optim/sinkgd(momentum=0.9, lr=0.0007)"),
     tune={"lr": (2e-4, 5e-3), "rest_lr": (1e-3, 2e-2)},
     when="Training a transformer from scratch, above all where the memory of the optimizer's state is short.",
     when_not="Fine-tuning. The best rate lies in a narrow range: tune `lr` by factors of two, and the warm-up with it.",

@@ -40,7 +40,7 @@ CARD = Card(
     claimed=None,
     identity="the layers hold fewer numbers from the first step on, so no option leaves the steps as they were",
     experiment=(
-        "stdlib-lm(task=train)",
+        "stdlib-lm(task=train, length=64, rows=8, target=3.3)",
         "optim/weight_refactorization(rank=0.35, every=50) + optim/momentum_reset(every=50)",
     ),
     tune={"rank": (0.1, 0.45)},

@@ -43,7 +43,7 @@ class LanguageModel(Workload):
 
     per_nat = 1.0
 
-    tunable = {"lr": (5e-4, 1e-2), "warmup": (0.02, 0.5)}
+    tunable = {"lr": (5e-4, 2e-2), "warmup": (0.02, 0.6), "steps": (80, 400)}
 
     def tasks(self) -> tuple[str, ...]:
         return ("generate", "perplexity", "needle", "train")

@@ -3,7 +3,8 @@
 `generate`, `perplexity` and `needle` use the bundled trained weights: `model=target`, 12 layers and up to 4,096 bytes,
 or `model=long`, 4 layers and up to 8,704 bytes, trained to find needles at any distance.
 
-`train` starts a smaller model from scratch, with 4 layers; `model=long` gives it the long model's positions. Its
+`train` starts a smaller model from scratch, with 4 layers; `model=long` gives it the long model's positions, and
+`size=large` takes 12 layers, the shapes of `model=target`, for machines that can train 4.9M weights. Its
 baseline was tuned for the fewest steps to the target: of rates from 0.001 to 0.004 and warm-ups from 0.1 to 0.4 of 200
 steps, 0.003 with 0.4 came to the lowest loss (2.79 bits; 0.002 with 0.1 to 3.29, 0.002 with 0.3 to 2.85), at the
 default length and rows; others need a target of their own.
@@ -26,6 +27,7 @@ from hasten.workloads.base import Metric
 class StdlibLM(language.LanguageModel):
     model: str = option("target", "the trained model: 12 layers, or 4 with a long context", choices=("target", "long"))
     text: str = option("", "a file whose bytes are read instead of the library's; its last tenth is held out")
+    size: str = option("small", "the model that training starts: 0.8M or 4.9M weights", choices=("small", "large"))
     target: float = option(2.85, "bits per byte on held-out text at which training stops", above=0)
 
     per_nat = language.NATS_TO_BITS
@@ -48,6 +50,8 @@ class StdlibLM(language.LanguageModel):
             problems.append(f"prompt and new together are at most {self.context} bytes, the model's context{longer}")
         if self.task == "train" and self.length > self.context:
             problems.append(f"length is at most {self.context} bytes, the model's context{longer}")
+        if self.model == "long" and self.size == "large":
+            problems.append("model=long is small: leave size out")
         if self.task == "needle" and (self.depths + 1) * needle.LINE > self.prompt // 2:
             problems.append(f"{self.depths} needles of {needle.LINE} bytes are too many for a prompt of {self.prompt}")
         if self.text and not pathlib.Path(self.text).is_file():
@@ -71,7 +75,8 @@ class StdlibLM(language.LanguageModel):
         return [{"input_ids": row[None]} for row in windows.to(self.device())]
 
     def build(self, seed: int) -> nn.Module:
-        return models.stdlib_llama("long" if self.model == "long" else "small", seed=seed).to(self.device())
+        shape = "long" if self.model == "long" else {"small": "small", "large": "target"}[self.size]
+        return models.stdlib_llama(shape, seed=seed).to(self.device())
 
     def trained(self) -> nn.Module:
         return weights.load_weights(models.stdlib_llama(self.model), self.model).to(self.device())
