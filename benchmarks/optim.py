@@ -9,7 +9,14 @@ from hasten.bench.to_target import gain_reading, raced, reading
 from hasten.core.plans import Plan
 
 WORKLOAD = "stdlib-lm(task=train)"
-STACK = "grow/g_stack(factor=2, at=0.3, carry=true) + data/multigrid(batch_power=0.0) + optim/sinkgd(momentum=0.9)"
+STACK = " + ".join(
+    [
+        "grow/g_stack(factor=2, at=0.35, warmup=0.0, carry=true)",
+        "data/multigrid(time=[0.5], space=[1.0], short=[], final=0.0, horizon=0.25, batch_power=0.0, lr_power=0.0)",
+        "optim/muon(lr=0.02, rest_lr=0.01)",
+        "optim/linear_decay(warmup=0.15, horizon=0.55, floor=0.02)",
+    ]
+)
 
 
 def figures(quick: bool) -> Iterator[Figure]:

@@ -39,7 +39,7 @@ CARD = Card(
     identity="it replaces the optimizer of the matrices, so no option leaves the steps as they were",
     experiment=(
         "stdlib-lm(task=train, length=64, rows=8, target=3.3)",
-        "optim/multi_norm(norms=[row, spectral], iterations=1, newton=6, momentum=0.9, lr=0.0007)",
+        "optim/multi_norm(norms=[row, spectral], iterations=1, newton=5, momentum=0.9, lr=0.002, rest_lr=0.006)",
     ),
     tune={"lr": (2e-4, 5e-3), "rest_lr": (1e-3, 2e-2)},
     when="Trying which norms suit a model; short of memory for an optimizer's state.",

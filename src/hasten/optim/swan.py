@@ -36,7 +36,10 @@ CARD = Card(
     claim="2x speedup over Adam: LLaMA 350M and 1.3B on C4 to the same perplexity with half the tokens; SGD's memory",
     claimed=2.0,
     identity="it replaces the optimizer of the matrices, so no option leaves the steps as they were",
-    experiment=("stdlib-lm(task=train, length=64, rows=8, target=3.3)", "optim/swan(momentum=0.9, lr=0.0007, steps=5)"),
+    experiment=(
+        "stdlib-lm(task=train, length=64, rows=8, target=3.3)",
+        "optim/swan(momentum=0.9, lr=0.002, rest_lr=0.006, steps=5)",
+    ),
     tune={"lr": (2e-4, 5e-3), "rest_lr": (1e-3, 2e-2)},
     when="Training a transformer from scratch with large batches, short of memory for an optimizer's state.",
     when_not="Fine-tuning; wide models on a CPU, where 2 k products of matrices a step cost more than Adam's state.",
