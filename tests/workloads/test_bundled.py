@@ -1,10 +1,13 @@
 """Bundled workloads: their weights do what their records say, and one seed gives one run."""
 
+import importlib
+
 import pytest
 import torch
 
 import hasten
 from hasten.workloads import text, weights
+from hasten.workloads.find import BUNDLED
 
 
 @pytest.mark.parametrize(
@@ -13,6 +16,11 @@ from hasten.workloads import text, weights
 def test_records_name_the_command(name):
     record = weights.record(name)
     assert record["command"].startswith("python scripts/make_") and "seed" in record["command"]
+
+
+def test_a_workload_prints_as_it_is_called():
+    for name, module in BUNDLED.items():
+        assert importlib.import_module(module).WORKLOAD.title() == name
 
 
 def test_weights_are_small():

@@ -184,12 +184,13 @@ def evidence(
     check: Annotated[bool, typer.Option("--check", help="Measure nothing: show which evidence stands.")] = False,
     budget: Annotated[str, typer.Option(help="Time for each method.")] = "3m",
     margin: Annotated[str, typer.Option(help="How much worse quality may be.")] = "1%",
+    seeds: Annotated[int, typer.Option(help="Training runs, or sets of requests.")] = 3,
     json: Json = False,
 ) -> int:
     """Run each method's smallest honest experiment and append what it gives to evidence/."""
     from hasten.cli.work import evidence_command
 
-    return evidence_command(methods or [], check, budget, margin, json)
+    return evidence_command(methods or [], check, budget, margin, seeds, json)
 
 
 @app.command()

@@ -61,7 +61,7 @@ def train_command(
     return Job(name, Plan.of(plan), steps, seed, out, every, accumulate, precision, tensorboard, spread).run()
 
 
-def evidence_command(methods: list[str], check: bool, budget: str, margin: str, as_json: bool) -> int:
+def evidence_command(methods: list[str], check: bool, budget: str, margin: str, seeds: int, as_json: bool) -> int:
     from hasten.bench import evidence
     from hasten.bench.compare import parse_seconds
     from hasten.cli.compare import LiveProgress
@@ -78,9 +78,8 @@ def evidence_command(methods: list[str], check: bool, budget: str, margin: str, 
     console, lines = Console(stderr=True), []
     for method in wanted or list(names.method_files()):
         console.print(f"[bold]{method}[/bold]")
-        line = evidence.collect(
-            method, budget=budget, margin=margin, progress=LiveProgress(None, console, parse_seconds(budget))
-        )
+        progress = LiveProgress(None, console, parse_seconds(budget))
+        line = evidence.collect(method, budget=budget, margin=margin, progress=progress, seeds=seeds)
         lines.append(line)
     if as_json:
         print(json.dumps(lines, indent=1))

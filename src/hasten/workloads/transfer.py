@@ -85,6 +85,10 @@ class Transfer(Workload):
 
     tunable = {"lr": (5e-4, 3e-2), "warmup": (0.02, 0.5)}
 
+    @classmethod
+    def title(cls) -> str:
+        return "transfer"
+
     @property
     def metric(self) -> Metric:
         return Metric("squared error downstream", "lower")
