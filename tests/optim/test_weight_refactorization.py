@@ -131,3 +131,19 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(tmp_path):
 def test_a_model_without_layers_that_would_shrink_is_refused():
     with pytest.raises(UsageError, match="gets smaller"):
         run_of("optim/weight_refactorization(rank=0.9)")
+
+
+@pytest.mark.parametrize("other", ["optim/sinkgd(momentum=0.9)", "optim/llr(smallest=4)"])
+@pytest.mark.parametrize("first", [True, False])
+def test_factors_are_matrices_for_other_methods(other, first):
+    mine = "optim/weight_refactorization(every=3)"
+    run = run_of(" + ".join([mine, other] if first else [other, mine]), steps=5)
+    factors = [p for layer in factored(run.host).values() for p in (layer.b, layer.a)]
+    before = [p.detach().clone() for p in factors]
+    losses = finish(run)
+    assert losses[-1] < losses[0]
+    held = [p for layer in factored(run.host).values() for p in (layer.b, layer.a)]
+    assert {id(p) for p in held} <= {id(p) for _, p in run.host.matrices()}
+    assert not any(torch.equal(p, old) for p, old in zip(held, before, strict=True))
+    run.finish()
+    assert not factored(run.host)

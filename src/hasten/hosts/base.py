@@ -89,13 +89,20 @@ class Host:
         return self.model.named_modules()
 
     def matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters that are matrices of hidden layers: what matrix optimizers act on."""
+        """The parameters that are matrices of hidden layers, factors too: what matrix optimizers act on."""
         seen = set()
-        for path, part in self.linears().items():
+        for path, part in self._projections():
             weight = part.weight
             if isinstance(weight, nn.Parameter) and id(weight) not in seen:
                 seen.add(id(weight))
                 yield f"{path}.weight", weight
+        for path, part in self.model.named_modules():
+            for name in getattr(part, "matrix_names", ()):
+                yield f"{path}.{name}", getattr(part, name)
+
+    def _projections(self) -> Iterable[tuple[str, nn.Module]]:
+        """The modules whose weights are matrices."""
+        return self.linears().items()
 
     def replace(self, path: str, new: nn.Module) -> None:
         """Replaces one submodule; undone with the rest."""

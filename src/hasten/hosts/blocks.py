@@ -57,14 +57,6 @@ class BlockHost(Host):
         """
         return {path: linear_view(part) if is_conv1d(part) else part for path, part in self._projections()}  # type: ignore[misc]
 
-    def matrices(self) -> Iterator[tuple[str, nn.Parameter]]:
-        seen = set()
-        for path, part in self._projections():
-            weight = part.weight
-            if isinstance(weight, nn.Parameter) and id(weight) not in seen:
-                seen.add(id(weight))
-                yield f"{path}.weight", weight
-
     def _projections(self) -> Iterator[tuple[str, nn.Module]]:
         for path, part in self.blocks.named_modules(prefix=self.blocks_path):
             if is_projection(part):

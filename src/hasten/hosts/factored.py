@@ -26,6 +26,7 @@ class FactoredLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    matrix_names = ("b", "a")  # what `Host.matrices` lists
 
     def __init__(self, b: Tensor, a: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
