@@ -210,7 +210,7 @@ def check(workload: "Workload | str", plans: Sequence[Any], seeds: int) -> list[
 def _split(found: Workload, parsed: list[Plan]) -> list[tuple[Workload, list[Plan], str]]:
     """Plans that act on training go to the workload's training task, the others to the task that was named."""
     named = getattr(found, "task", None)
-    if named == "train":
+    if named == "train" or found.tasks() == ("train",):
         groups = [(found, parsed, "train")]
     else:
         training = [plan for plan in parsed if any(trains_only(method) for method in plan.methods)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hasten.core.options import option
 from hasten.data._augment import warp
-from hasten.workloads.base import Metric, Workload, warm_cosine
+from hasten.workloads.base import Supervised
 from hasten.workloads.digits import CLASSES, digits
 from hasten.workloads.transfer import GlyphNet
 
@@ -63,53 +63,26 @@ def held_out() -> tuple[Tensor, Tensor]:
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentedDigits(Workload):
-    task: str = option("train", "what is done", choices=("train",))
+class AugmentedDigits(Supervised):
     width: int = option(16, "channels of the network", least=4, most=512)
     finer: int = option(16, "times the resolution at which a digit is warped; what that costs", least=1, most=64)
     rows: int = option(32, "images of a training batch", least=1, most=360)
     steps: int = option(300, "steps of the baseline's schedule", least=10)
-    lr: float = option(6e-3, "peak learning rate of the baseline's AdamW", above=0)
-    warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(0.6, "held-out cross-entropy in nats at which training stops", above=0)
-
-    tunable = {"lr": (5e-4, 3e-2), "warmup": (0.02, 0.5)}
 
     @classmethod
     def title(cls) -> str:
         return "augmented-digits"
 
-    @property
-    def metric(self) -> Metric:
-        return Metric("cross-entropy", "lower", "nat")
-
-    def tasks(self) -> tuple[str, ...]:
-        return ("train",)
-
     def build(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return GlyphNet(CLASSES, self.width).to(self.device())
+        return self.seeded(seed, lambda: GlyphNet(CLASSES, self.width))
 
     def batches(self, seed: int) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(
-            Warped(self.finer),
-            batch_size=self.rows,
-            shuffle=True,
-            drop_last=True,
-            generator=torch.Generator().manual_seed(seed),
-            collate_fn=self._collate,
-        )
+        return self.shuffled(seed, Warped(self.finer), collate_fn=self._collate)
 
     def _collate(self, examples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         images, labels = zip(*examples, strict=True)
         return torch.stack(images).to(self.device()), torch.stack(labels).to(self.device())
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-
-    def schedule(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, self.warmup)
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")

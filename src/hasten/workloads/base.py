@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hasten.core.errors import UsageError
-from hasten.core.options import Options
+from hasten.core.options import Options, option
 
 
 def warm_cosine(step: int, steps: int, warmup: float, floor: float = 0.1) -> float:
@@ -166,3 +166,51 @@ class Workload(Options):
 
     def _unsupported(self, what: str) -> UsageError:
         return UsageError(f"the workload {self.title()} has no {what} task; it has: {', '.join(self.tasks())}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Supervised(Workload):
+    """Base of workloads that are trained only: by AdamW, whose rate rises in a straight line and falls as a cosine.
+
+    A subclass gives `build`, `batches`, `losses`, `evaluate` and the fields `steps` and `target`; its quality is a
+    cross-entropy unless it says otherwise.
+    """
+
+    task: str = option("train", "what is done", choices=("train",))
+    rows: int = option(32, "examples of a training batch", least=1, most=65536)
+    lr: float = option(6e-3, "peak learning rate of the baseline's AdamW", above=0)
+    warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
+
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.95)
+    decay: ClassVar[float] = 0.05
+    tunable: ClassVar[Mapping[str, tuple[float, float]]] = {"lr": (5e-4, 3e-2), "warmup": (0.02, 0.5)}
+
+    @property
+    def metric(self) -> Metric:
+        return Metric("cross-entropy", "lower", "nat")
+
+    def tasks(self) -> tuple[str, ...]:
+        return ("train",)
+
+    def seeded(self, seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+        """What `make` makes with torch's random state begun from the seed, on the workload's device."""
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return make().to(self.device())
+
+    def shuffled(self, seed: int, data: torch.utils.data.Dataset, **options: Any) -> torch.utils.data.DataLoader:
+        """Whole batches of the examples in an order that the seed fixes."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.utils.data.DataLoader(
+            data, batch_size=self.rows, shuffle=True, drop_last=True, generator=generator, **options
+        )
+
+    def columns(self, seed: int, *parts: torch.Tensor) -> torch.utils.data.DataLoader:
+        """As `shuffled`, of tensors that hold the examples side by side, [examples, ...], put on the device first."""
+        return self.shuffled(seed, torch.utils.data.TensorDataset(*(part.to(self.device()) for part in parts)))
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.decay, fused=True)
+
+    def schedule(self, step: int, steps: int) -> float:
+        return warm_cosine(step, steps, self.warmup)

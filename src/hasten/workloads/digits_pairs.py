@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.options import option
-from hasten.workloads.base import Metric, Workload, warm_cosine
+from hasten.workloads.base import Supervised, warm_cosine
 from hasten.workloads.digits import CLASSES, SIDE, digits
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -80,11 +80,9 @@ def contrast(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class DigitsPairs(Workload):
-    task: str = option("train", "what is done", choices=("train",))
+class DigitsPairs(Supervised):
     rows: int = option(64, "pairs of a training batch", least=2, most=1024)
     steps: int = option(160, "steps of the baseline's schedule", least=10)
-    lr: float = option(6e-3, "peak learning rate of the baseline's AdamW", above=0)
     warmup: float = option(0.2, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(0.25, "held-out cross-entropy in nats at which training stops", above=0)
 
@@ -93,13 +91,6 @@ class DigitsPairs(Workload):
     @classmethod
     def title(cls) -> str:
         return "digits-pairs"
-
-    @property
-    def metric(self) -> Metric:
-        return Metric("cross-entropy", "lower", "nat")
-
-    def tasks(self) -> tuple[str, ...]:
-        return ("train",)
 
     def build(self, seed: int) -> nn.Module:
         return digits_clip("student", seed).to(self.device())
@@ -110,17 +101,7 @@ class DigitsPairs(Workload):
         return model.eval().to(self.device())
 
     def batches(self, seed: int) -> torch.utils.data.DataLoader:
-        data = torch.utils.data.TensorDataset(*(part.to(self.device()) for part in pairs()))
-        generator = torch.Generator().manual_seed(seed)
-        return torch.utils.data.DataLoader(
-            data, batch_size=self.rows, shuffle=True, drop_last=True, generator=generator
-        )
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-
-    def schedule(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, self.warmup)
+        return self.columns(seed, *pairs())
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         images, texts, labels = batch

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.options import option
-from hasten.workloads.base import Metric, Workload, warm_cosine
+from hasten.workloads.base import Supervised
 from hasten.workloads.digits import CLASSES, SIDE, digits
 from hasten.workloads.digits_vit import digits_vit
 
@@ -57,50 +57,28 @@ class Perceptron(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Redundant(Workload):
-    task: str = option("train", "what is done", choices=("train",))
+class Redundant(Supervised):
     spacing: int = option(18, "every how many zeros, ones and twos one has copies", least=2, most=1000)
     copies: int = option(100, "copies of such a digit", least=1, most=10_000)
     rows: int = option(32, "images of a training batch", least=1, most=1024)
     steps: int = option(400, "steps of the baseline's schedule", least=10)
-    lr: float = option(6e-3, "peak learning rate of the baseline's AdamW", above=0)
     warmup: float = option(0.3, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(1.0, "held-out cross-entropy in nats at which training stops", above=0)
 
     tunable = {"lr": (5e-4, 2e-2), "warmup": (0.05, 0.5)}
 
-    @property
-    def metric(self) -> Metric:
-        return Metric("cross-entropy", "lower", "nat")
-
     @classmethod
     def title(cls) -> str:
         return "redundant"
-
-    def tasks(self) -> tuple[str, ...]:
-        return ("train",)
 
     def build(self, seed: int) -> nn.Module:
         return digits_vit(SIDE, layers=2, width=48, seed=seed).to(self.device())
 
     def proxy(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return Perceptron().to(self.device())
+        return self.seeded(seed, Perceptron)
 
     def batches(self, seed: int) -> torch.utils.data.DataLoader:
-        images, labels, _ = redundant_digits(self.spacing, self.copies)
-        data = torch.utils.data.TensorDataset(images.to(self.device()), labels.to(self.device()))
-        generator = torch.Generator().manual_seed(seed)
-        return torch.utils.data.DataLoader(
-            data, batch_size=self.rows, shuffle=True, drop_last=True, generator=generator
-        )
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-
-    def schedule(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, self.warmup)
+        return self.columns(seed, *redundant_digits(self.spacing, self.copies)[:2])
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         images, labels = batch

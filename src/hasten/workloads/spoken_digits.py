@@ -27,7 +27,7 @@ from torch import nn
 
 from hasten.core.errors import UsageError
 from hasten.core.options import option
-from hasten.workloads.base import Metric, Workload, warm_cosine
+from hasten.workloads.base import Supervised
 from hasten.workloads.data_folder import data_file
 
 RATE, WINDOW, HOP, BANDS = 8000, 256, 128, 24
@@ -96,13 +96,12 @@ class Speller(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class SpokenDigits(Workload):
+class SpokenDigits(Supervised):
     data: str = option("made", "tones made on the spot, or people's recordings", choices=("made", "fsdd"))
     rows: int = option(6, "examples of a training batch", least=1, most=1024)
     examples: int = option(4000, "training examples", least=16, most=100_000)
     steps: int = option(300, "steps of the baseline's schedule", least=10)
     lr: float = option(2e-3, "peak learning rate of the baseline's AdamW", above=0)
-    warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(0.47, "held-out cross-entropy in nats a letter at which training stops", above=0)
 
     tunable = {"lr": (5e-4, 2e-2), "warmup": (0.02, 0.5)}
@@ -112,33 +111,12 @@ class SpokenDigits(Workload):
     def title(cls) -> str:
         return "spoken-digits"
 
-    @property
-    def metric(self) -> Metric:
-        return Metric("cross-entropy", "lower", "nat")
-
-    def tasks(self) -> tuple[str, ...]:
-        return ("train",)
-
     def build(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return Speller().to(self.device())
+        return self.seeded(seed, Speller)
 
     def batches(self, seed: int) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(
-            strings(self.data, False, self.examples),
-            batch_size=self.rows,
-            shuffle=True,
-            drop_last=True,
-            generator=torch.Generator().manual_seed(seed),
-            collate_fn=functools.partial(collate, device=self.device()),
-        )
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-
-    def schedule(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, self.warmup)
+        together = functools.partial(collate, device=self.device())
+        return self.shuffled(seed, strings(self.data, False, self.examples), collate_fn=together)
 
     def losses(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         scores = model(**batch)

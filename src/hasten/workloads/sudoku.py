@@ -16,15 +16,13 @@ to the target in 60, 50 and 60 steps. With 4 givens 0.006 takes about 90 of 120 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
-from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 
 from hasten.core.options import option
-from hasten.workloads.base import Metric, Workload, warm_cosine
+from hasten.workloads.base import Supervised
 
 SIDE, CELLS = 4, 16
 EMPTY = 0
@@ -152,7 +150,7 @@ def examples(held_out: bool, least: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sudoku(Workload):
+class Sudoku(Supervised):
     width: int = option(32, "width of a cell's state", least=4)
     passes: int = option(2, "passes of a forward, each with a loss (deep supervision)", least=1, most=64)
     updates: int = option(6, "n: updates of the thought in a round", least=1, most=64)
@@ -160,39 +158,22 @@ class Sudoku(Workload):
     givens: int = option(4, "fewest givens of a puzzle; 4 are the least that determine a grid", least=4, most=15)
     rows: int = option(32, "puzzles of a training batch", least=1, most=4096)
     steps: int = option(120, "steps of the baseline's schedule", least=10)
-    lr: float = option(6e-3, "peak learning rate of the baseline's AdamW", above=0)
-    warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(0.05, "cross-entropy in nats over empty cells at which training stops", above=0)
 
-    tunable: ClassVar[Mapping[str, tuple[float, float]]] = {"lr": (1e-3, 3e-2), "warmup": (0.02, 0.4)}
+    tunable = {"lr": (1e-3, 3e-2), "warmup": (0.02, 0.4)}
+
+    decay = 0.1
 
     @classmethod
     def title(cls) -> str:
         return "sudoku"
 
-    @property
-    def metric(self) -> Metric:
-        return Metric("cross-entropy", "lower", "nat")
-
-    def tasks(self) -> tuple[str, ...]:
-        return ("train",)
-
     def build(self, seed: int) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return Recursive(self.width, self.passes, (self.updates, self.rounds)).to(self.device())
+        return self.seeded(seed, lambda: Recursive(self.width, self.passes, (self.updates, self.rounds)))
 
     def batches(self, seed: int) -> torch.utils.data.DataLoader:
         """Batches of (puzzles, solutions), both [rows, 16]."""
-        data = torch.utils.data.TensorDataset(*(part.to(self.device()) for part in examples(False, self.givens)))
-        generator = torch.Generator().manual_seed(seed)
-        return torch.utils.data.DataLoader(data, self.rows, shuffle=True, drop_last=True, generator=generator)
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def schedule(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, self.warmup)
+        return self.columns(seed, *examples(False, self.givens))
 
     def losses(self, model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Each puzzle's loss [rows]: over its empty cells the mean, over the passes the weighted sum."""

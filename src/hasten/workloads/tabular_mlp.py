@@ -16,8 +16,7 @@ nearly so, on the third; 300 took 220 to 260.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from torch import nn
 
 from hasten.core.errors import MissingDependencyError
 from hasten.core.options import option
-from hasten.workloads.base import Metric, Workload, warm_cosine
+from hasten.workloads.base import Metric, Supervised
 
 ROWS, HELD_OUT, COLUMNS = 8192, 2048, 10
 TABLE_SEED = 7
@@ -63,18 +62,19 @@ def perceptron(width: int, depth: int, seed: int) -> nn.Sequential:
 
 
 @dataclasses.dataclass(frozen=True)
-class TabularMLP(Workload):
-    task: str = option("train", "what is done", choices=("train",))
+class TabularMLP(Supervised):
     width: int = option(256, "width of the hidden layers", least=1)
     depth: int = option(3, "hidden layers", least=1, most=64)
     noise: float = option(1.0, "standard deviation of the noise on y, which has one of 4.9 without", least=0)
     rows: int = option(256, "rows of a training batch", least=1, most=ROWS)
     steps: int = option(240, "steps of the baseline's schedule", least=10)
-    lr: float = option(6e-3, "peak learning rate of the baseline's AdamW", above=0)
     warmup: float = option(0.05, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(0.005, "held-out mean squared error, as a fraction of y's variance", above=0)
 
-    tunable: ClassVar[Mapping[str, tuple[float, float]]] = {"lr": (1e-4, 1e-1), "warmup": (0.02, 0.5)}
+    tunable = {"lr": (1e-4, 1e-1), "warmup": (0.02, 0.5)}
+
+    betas = (0.9, 0.99)
+    decay = 0.01
 
     @classmethod
     def title(cls) -> str:
@@ -84,27 +84,11 @@ class TabularMLP(Workload):
     def metric(self) -> Metric:
         return Metric("mean squared error", "lower")
 
-    def tasks(self) -> tuple[str, ...]:
-        return ("train",)
-
     def build(self, seed: int) -> nn.Module:
         return perceptron(self.width, self.depth, seed).to(self.device())
 
     def batches(self, seed: int) -> torch.utils.data.DataLoader:
-        x, y, _, _ = (part.to(self.device()) for part in table(self.noise))
-        return torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(x, y),
-            batch_size=self.rows,
-            shuffle=True,
-            drop_last=True,
-            generator=torch.Generator().manual_seed(seed),
-        )
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-
-    def schedule(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, self.warmup)
+        return self.columns(seed, *table(self.noise)[:2])
 
     def losses(self, model: nn.Module, batch: Any) -> torch.Tensor:
         x, y = batch

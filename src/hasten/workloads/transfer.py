@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hasten.core.options import option
-from hasten.workloads.base import Metric, Workload, warm_cosine
+from hasten.workloads.base import Metric, Supervised
 from hasten.workloads.digits import CLASSES, SIDE, digits
 
 WAYS = 8
@@ -74,16 +74,12 @@ class GlyphNet(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class Transfer(Workload):
-    task: str = option("train", "what is done", choices=("train",))
+class Transfer(Supervised):
     width: int = option(32, "channels of the network", least=4, most=512)
     rows: int = option(64, "images of a training batch", least=1, most=1024)
     steps: int = option(250, "steps of the baseline's schedule", least=10)
     lr: float = option(3e-3, "peak learning rate of the baseline's AdamW", above=0)
-    warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(0.54, "squared error on the task to come at which training stops", above=0)
-
-    tunable = {"lr": (5e-4, 3e-2), "warmup": (0.02, 0.5)}
 
     @classmethod
     def title(cls) -> str:
@@ -93,37 +89,19 @@ class Transfer(Workload):
     def metric(self) -> Metric:
         return Metric("squared error downstream", "lower")
 
-    def tasks(self) -> tuple[str, ...]:
-        return ("train",)
-
-    def _made(self, make: Any, seed: int) -> nn.Module:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return make().to(self.device())
-
     def build(self, seed: int) -> nn.Module:
-        return self._made(lambda: GlyphNet(WAYS * CLASSES, self.width), seed)
+        return self.seeded(seed, lambda: GlyphNet(WAYS * CLASSES, self.width))
 
     def proxy(self, seed: int) -> nn.Module:
         layers = lambda: [nn.Flatten(), nn.Linear(SIDE * SIDE, 64), nn.ReLU(), nn.Linear(64, WAYS * CLASSES)]  # noqa: E731
-        return self._made(lambda: nn.Sequential(*layers()), seed)
+        return self.seeded(seed, lambda: nn.Sequential(*layers()))
 
     def downstream(self) -> list[tuple[Tensor, Tensor]]:
         images, labels = (part.to(self.device()) for part in task()[:2])
         return list(zip(images.split(self.rows), labels.split(self.rows), strict=True))
 
     def batches(self, seed: int) -> torch.utils.data.DataLoader:
-        data = torch.utils.data.TensorDataset(*(part.to(self.device()) for part in glyphs()))
-        generator = torch.Generator().manual_seed(seed)
-        return torch.utils.data.DataLoader(
-            data, batch_size=self.rows, shuffle=True, drop_last=True, generator=generator
-        )
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-
-    def schedule(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, self.warmup)
+        return self.columns(seed, *glyphs())
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         images, labels = batch
