@@ -13,8 +13,7 @@ data with a schedule of 150 steps, 0.01 came lowest and reaches the target in ab
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch import nn
 
 from hasten.core.options import option
 from hasten.workloads import language, text
-from hasten.workloads.base import Metric, Workload, warm_cosine
+from hasten.workloads.base import Metric, Supervised, warm_cosine
 
 DOMAINS = ("source", "prose")
 PREPARED_RATE = 4e-3
@@ -69,17 +68,17 @@ def small_llama(seed: int) -> nn.Module:
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoDomains(Workload):
+class TwoDomains(Supervised):
     length: int = option(64, "bytes of an example", least=8, most=1024)
     rows: int = option(16, "examples of a batch, half of either domain", least=2, most=1024)
     seed_steps: int = option(120, "steps that the seed model was trained on both domains", least=0)
     dense_steps: int = option(150, "steps that each dense model was trained on its domain", least=0)
     steps: int = option(150, "steps of the baseline's schedule", least=10)
     lr: float = option(1e-2, "peak learning rate of the baseline's AdamW", above=0)
-    warmup: float = option(0.1, "fraction of the schedule in which the rate rises, before a cosine", least=0, below=1)
     target: float = option(3.55, "bits per byte on held-out text of both domains at which training stops", above=0)
 
-    tunable: ClassVar[Mapping[str, tuple[float, float]]] = {"lr": (1e-3, 2e-2), "warmup": (0.02, 0.4)}
+    decay = 0.1
+    tunable = {"lr": (1e-3, 2e-2), "warmup": (0.02, 0.4)}
 
     @classmethod
     def title(cls) -> str:
@@ -88,9 +87,6 @@ class TwoDomains(Workload):
     @property
     def metric(self) -> Metric:
         return Metric("bits per byte", "lower", "bit")
-
-    def tasks(self) -> tuple[str, ...]:
-        return ("train",)
 
     def build(self, seed: int) -> nn.Module:
         """The seed model; the seed changes the order of the batches only."""
@@ -112,12 +108,6 @@ class TwoDomains(Workload):
             generator=torch.Generator().manual_seed(seed),
             collate_fn=lambda pairs: torch.stack([one for pair in pairs for one in pair]).long().to(device),
         )
-
-    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(model.parameters(), lr=self.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def schedule(self, step: int, steps: int) -> float:
-        return warm_cosine(step, steps, self.warmup)
 
     def losses(self, model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         """[rows], nats a byte."""
