@@ -40,7 +40,7 @@ CARD = Card(
     claim="Canary-1B trains in half the wall time on the same GPUs, with batches 5x as large on average",
     claimed=2.0,
     identity="None: batches are made of examples alike in length, which random ones are not.",
-    experiment=("spoken-digits", "data/bucketing(buckets=8)"),
+    experiment=("spoken-digits(target=0.5)", "data/bucketing(buckets=8)"),
     when="Examples whose lengths differ, in batches padded to the longest: speech, translation, dialogues.",
     when_not="Text that is cut or packed into windows of one length; few examples, whose batches would repeat.",
     tune={"fill": (0.15, 1.0)},

@@ -42,7 +42,7 @@ CARD = Card(
     claimed=None,
     identity={"strength": 0.0},
     hosts=("decoder",),
-    experiment=("stdlib-faults", "data/fait(strength=8, compare=fork)"),
+    experiment=("stdlib-faults(target=0.65)", "data/fait(strength=8, compare=fork)"),
     when="Fine-tuning on code or sums for which faulty variants are at hand or can be made.",
     when_not="Pre-training, or texts without variants; variants that differ everywhere.",
     tune={"strength": (0.5, 16.0)},

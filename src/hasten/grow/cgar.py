@@ -41,7 +41,7 @@ CARD = Card(
     claimed=1.71,
     identity={"shallow": 0.0, "middle": 0.0, "decay": 1.0},
     needs=("steps",),
-    experiment=("sudoku", "grow/cgar"),
+    experiment=("sudoku(target=0.1)", "grow/cgar"),
     tune={"shallow": (0.05, 0.5), "decay": (0.3, 1.0)},
     when="A weight-shared model that recurses (TRM, HRM): most of a step's time goes into repeating one network.",
     when_not="Models without recursion, and runs that stop long before their last planned step.",
