@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from hasten.bench.figures import Figure, figure
+from hasten.bench.figures import Figure, Reading, figure
 from hasten.bench.to_target import raced, reading
 from hasten.core.names import card
 
@@ -14,7 +14,7 @@ def figures(quick: bool) -> Iterator[Figure]:
     for name in METHODS:
         workload, plan = card(f"grow/{name}").experiment
 
-        def measure(workload: str = workload, plan: str = plan):
+        def measure(workload: str = workload, plan: str = plan) -> Reading:
             return reading(raced(workload, [plan], seeds=seeds, budget=budget).rows[0], seeds)
 
         yield figure(name, measure, against=f"the baseline of {workload}")

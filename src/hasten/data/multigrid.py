@@ -34,7 +34,10 @@ CARD = Card(
     claim="SlowFast-R50 on Kinetics-400 trains 4.5x faster in wall-clock time on the same hardware, accuracy +0.8%",
     claimed=4.5,
     identity={"time": (1.0,), "space": (1.0,), "short": ()},
-    experiment=("digits-vit(task=train)", "data/multigrid"),
+    experiment=(
+        "stdlib-lm(task=train, length=64, rows=8, target=3.3)",
+        "data/multigrid(time=[0.5], space=[1.0], short=[], final=0.0, horizon=0.3, batch_power=0.0, lr_power=0.0)",
+    ),
     needs=("steps",),
     when="Video or high-resolution images, or long sequences, trained for many epochs.",
     when_not="Small images or short sequences, whose steps are not dearer; data that can't be resized.",
