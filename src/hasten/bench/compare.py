@@ -142,10 +142,12 @@ def compare_all(
             )
             settings = _tune(session, tuned, charge_tuning) if tuned and mode == "train" else {}
             without: leave_out.Without = {}
-            if leave_one_out and any(len(plan) > 1 for plan in session.plans):
-                session.plans, without = leave_out.without_one(session.plans)
+            given = session.plans
+            if leave_one_out and any(len(plan) > 1 for plan in given):
+                session.plans, without = leave_out.without_one(given)
                 _share_settings(session, without)
             groups[n] = _group(workload, session.plans, mode)
+            leave_out.name_rows(groups[n].rows, given, without)
             session.gates |= _gates_of(session.plans, gates)
             for row in groups[n].rows:
                 row.facts |= settings.get(row.plan, {})

@@ -33,6 +33,15 @@ def without_one(plans: Sequence[Plan]) -> tuple[list[Plan], Without]:
     return list(every.values()), found
 
 
+def name_rows(rows: Sequence[Row], given: Sequence[Plan], found: Without) -> None:
+    """Names the rows of plans that were not given but follow from one: `plan 1 without optim/muon`."""
+    places, own = {row.plan: place for place, row in enumerate(rows, 1)}, {str(plan) for plan in given}
+    for text, others in found.items():
+        for method, other in others.items():
+            if str(other) not in own:
+                rows[places[str(other)] - 1].facts.setdefault("shown", f"plan {places[text]} without {method}")
+
+
 def note_gains(session: Session, rows: Sequence[Row], found: Without) -> None:
     """Writes into each plan's row what its methods give: `facts["gives"][method]` with gain, low and high."""
     by_plan = {row.plan: row for row in rows}

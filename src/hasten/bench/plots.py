@@ -3,15 +3,19 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 from hasten.bench.result import Group, Row
 from hasten.bench.trials import Trial
+from hasten.core.errors import HastenError
+from hasten.core.plans import Plan
 
 # Sentinels that matplotlib draws with and the page replaces by its own colours.
 INK, FAINT = "#010203", "#040506"
 ARMS = ["#070801", "#070802", "#070803", "#070804", "#070805", "#070806", "#070807", "#070808"]
+FEW_LINES = 3
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", **{one: f"var(--arm{n})" for n, one in enumerate(ARMS)}}
 
 
@@ -56,8 +60,32 @@ def _svg(figure: Any, title: str) -> str:
     return text
 
 
-def _legend(axes: Any, **options: Any) -> None:
-    found = axes.legend(frameon=False, fontsize=8, **options)
+def labels(group: Group) -> dict[str, str]:
+    """A short name for each plan: its methods without their options, with the table's number where two are alike."""
+    found = {"baseline": "baseline"}
+    for row in group.rows:
+        try:
+            short = " + ".join(method.name.rpartition("/")[2] for method in Plan.parse(row.plan).methods)
+        except HastenError:
+            short = row.plan
+        found[row.plan] = str(row.facts.get("shown") or short)
+    alike = list(found.values())
+    numbered = {row.plan: n for n, row in enumerate(group.rows, 1)}
+    return {
+        plan: "\n".join(textwrap.wrap(f"{numbered[plan]}. {name}" if alike.count(name) > 1 else name, 46))
+        for plan, name in found.items()
+    }
+
+
+def _legend(axes: Any) -> None:
+    """The arms' names: inside where they are few, below the axes, for which the figure grows, where they are many."""
+    handles, names = axes.get_legend_handles_labels()
+    lines = sum(name.count("\n") + 1 for name in names)
+    if lines <= FEW_LINES:
+        found = axes.legend(frameon=False, fontsize=8, loc="best")
+    else:
+        axes.figure.set_figheight(axes.figure.get_figheight() + 0.17 * lines)
+        found = axes.figure.legend(handles, names, frameon=False, fontsize=8, loc="outside lower left")
     for label in found.get_texts():
         label.set_color(INK)
 
@@ -67,6 +95,7 @@ def speed_against_quality(group: Group, margin: float) -> str | None:
     rows = [row for row in group.rows if row.speedup and row.quality_change is not None and not row.simulated]
     if not rows:
         return None
+    names = labels(group)
     figure, axes = _figure()
     axes.axvline(1, color=FAINT, linewidth=1)
     axes.axhline(0, color=FAINT, linewidth=1)
@@ -89,18 +118,19 @@ def speed_against_quality(group: Group, margin: float) -> str | None:
             fmt="o",
             color=colour(n + 1),
             capsize=3,
-            label=row.plan,
+            label=names[row.plan],
         )
     axes.set_xlabel("speedup (1 is the baseline)")
     axes.set_ylabel(f"change of {group.metric['name']}, %")
     axes.margins(0.15)
-    _legend(axes, loc="best")
+    _legend(axes)
     return _svg(figure, "speed against quality")
 
 
 def pairs(group: Group, trials: Sequence[Trial]) -> str | None:
     """Every measured pair in the order of measuring: baseline time over plan time."""
     base = {trial.id: trial for trial in trials if trial.plan == "baseline"}
+    names = labels(group)
     figure, axes = _figure()
     axes.axhline(1, color=FAINT, linewidth=1)
     drawn = False
@@ -109,7 +139,9 @@ def pairs(group: Group, trials: Sequence[Trial]) -> str | None:
         if not ratios:
             continue
         drawn = True
-        axes.plot(range(1, len(ratios) + 1), ratios, "o", markersize=3, alpha=0.7, color=colour(n + 1), label=row.plan)
+        axes.plot(
+            range(1, len(ratios) + 1), ratios, "o", markersize=3, alpha=0.7, color=colour(n + 1), label=names[row.plan]
+        )
         if row.low and row.high and math.isfinite(row.high):
             axes.axhspan(row.low, row.high, color=colour(n + 1), alpha=0.15, linewidth=0)
     if not drawn:
@@ -117,7 +149,7 @@ def pairs(group: Group, trials: Sequence[Trial]) -> str | None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("pair, in the order of measuring")
     axes.set_ylabel("baseline time / plan time")
-    _legend(axes, loc="best")
+    _legend(axes)
     return _svg(figure, "every measured pair")
 
 
@@ -138,6 +170,7 @@ def curves(group: Group, trials: Sequence[Trial]) -> str | None:
     if not runs:
         return None
     arms = ["baseline", *(row.plan for row in group.rows)]
+    names = labels(group)
     figure, axes = _figure(height=3.4)
     named: set[str] = set()
     for trial in runs:
@@ -151,7 +184,7 @@ def curves(group: Group, trials: Sequence[Trial]) -> str | None:
             color=colour(n),
             linewidth=1.4,
             alpha=0.85,
-            label=None if trial.plan in named else trial.plan,
+            label=None if trial.plan in named else names[trial.plan],
         )
         named.add(trial.plan)
     target = group.baseline.get("target")
@@ -166,7 +199,7 @@ def curves(group: Group, trials: Sequence[Trial]) -> str | None:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
-    _legend(axes, loc="best")
+    _legend(axes)
     return _svg(figure, "quality against training time")
 
 

@@ -15,6 +15,7 @@ from hasten.bench.result import (
     notes,
     spell_break_even,
     spell_memory,
+    spell_plan,
     spell_quality,
     spell_ratio,
     spell_seconds,
@@ -145,15 +146,17 @@ def _row(group: Group, row: Row, n: int, memory: bool) -> str:
     swatch = f'<span class="swatch" style="background: var(--arm{n % len(plots.ARMS)})"></span>'
     inner = "".join(f'<td class="number">{_text(cell)}</td>' for cell in cells)
     verdict = f'<td class="verdict {row.verdict.split()[0]}">{_text(row.verdict)}</td>'
-    return f'<tr><td class="plan">{swatch}{_text(row.plan)}</td>{verdict}{inner}</tr>'
+    return f'<tr><td class="plan">{swatch}{_text(spell_plan(row))}</td>{verdict}{inner}</tr>'
 
 
 def _reasons(group: Group) -> str:
-    found = [f"<li>{_text(row.plan)}: {_text(row.why)}.</li>" for row in group.rows if row.why]
-    found += [f"<li>{_text(row.plan)}: {_text(row.lossless)}.</li>" for row in group.rows if row.lossless]
-    found += [f"<li>{_text(row.plan)}: {_text(row.drafting)}.</li>" for row in group.rows if row.drafting]
+    found = [f"<li>{_text(spell_plan(row))}: {_text(row.why)}.</li>" for row in group.rows if row.why]
+    found += [f"<li>{_text(spell_plan(row))}: {_text(row.lossless)}.</li>" for row in group.rows if row.lossless]
+    found += [f"<li>{_text(spell_plan(row))}: {_text(row.drafting)}.</li>" for row in group.rows if row.drafting]
     found += [f"<li>{_text(line)}.</li>" for line in notes(group)]
-    red = [f"<li>{_text(row.plan)}: its tests fail at this source.</li>" for row in group.rows if row.gate == "red"]
+    red = [
+        f"<li>{_text(spell_plan(row))}: its tests fail at this source.</li>" for row in group.rows if row.gate == "red"
+    ]
     return f'<ul class="soft">{"".join(found + red)}</ul>' if found or red else ""
 
 

@@ -124,6 +124,11 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
+def spell_plan(row: Row) -> str:
+    """The plan's text, or for one that another was made into, how."""
+    return str(row.facts.get("shown", row.plan))
+
+
 def spell_ratio(row: Row) -> str:
     """`1.84x (1.71 to 1.97)`; a miss of the baseline makes it a lower bound."""
     if row.simulated:
@@ -192,7 +197,7 @@ def table(comparison: Comparison) -> Any:
             colour = colours.get(row.verdict, "default")
             held = row.quality_verdict if row.quality_verdict not in (None, "identical") else ""
             cells = [
-                escape(row.plan),
+                escape(spell_plan(row)),
                 spell_ratio(row),
                 f"{spell_quality(row, group.metric)} {held}".strip(),
                 *([spell_memory(row)] if memory else []),
@@ -224,17 +229,16 @@ def spell_memory(row: Row) -> str:
 def notes(group: Group) -> list[str]:
     """The settings that tuning found, and what each method of a plan gives."""
     lines = []
-    for name, facts in [("baseline", group.baseline), *((row.plan, row.facts) for row in group.rows)]:
-        if "tuned" in facts:
+    for name, facts in [("baseline", group.baseline), *((spell_plan(row), row.facts) for row in group.rows)]:
+        if "tuned" in facts and "shown" not in facts:
             values = ", ".join(f"{knob}={value:.3g}" for knob, value in facts["tuned"].items()) or "as they were given"
             lines.append(
                 f"{name}: tuned in {facts['tuning_trials']} trials ({spell_seconds(facts['tuning_cpu'])} of CPU time): "
                 + values
             )
     for row in group.rows:
-        lines += [
-            f"{row.plan}: {method} gives {spell_gain(found)}" for method, found in row.facts.get("gives", {}).items()
-        ]
+        gives = [f"{method} gives {spell_gain(found)}" for method, found in row.facts.get("gives", {}).items()]
+        lines += [f"{row.plan}: {', '.join(gives)}"] if gives else []
     return lines
 
 

@@ -14,7 +14,18 @@ from rich.table import Table
 from rich.text import Text
 
 from hasten.bench.compare import REPORT, RESULT, TRIALS, compare, parse_seconds
-from hasten.bench.result import Comparison, Row, notes, spell_quality, spell_ratio, spell_seconds, table, wide_console
+from hasten.bench.result import (
+    Comparison,
+    Row,
+    escape,
+    notes,
+    spell_plan,
+    spell_quality,
+    spell_ratio,
+    spell_seconds,
+    table,
+    wide_console,
+)
 
 
 class LiveProgress:
@@ -47,7 +58,7 @@ class LiveProgress:
         for name in ("plan", "pairs", "speedup so far", "quality"):
             shown.add_column(name, overflow="fold")
         for row in self._rows:
-            shown.add_row(row.plan, str(row.pairs), spell_ratio(row), spell_quality(row, {}))
+            shown.add_row(escape(spell_plan(row)), str(row.pairs), spell_ratio(row), spell_quality(row, {}))
         self._spinner.update(text=Text(f"{self._stage}, at most {self._left()}"))
         return Group(shown, self._spinner) if self._rows else Group(self._spinner)
 
@@ -87,7 +98,7 @@ def publish(result: Comparison, as_json: bool = False) -> None:
     shown.print(table(result))
     for row in result.plans:
         if row.why and row.verdict != "faster":
-            shown.print(f"{row.plan}: {row.verdict}: {row.why}", highlight=False, soft_wrap=True, markup=False)
+            shown.print(f"{spell_plan(row)}: {row.verdict}: {row.why}", highlight=False, soft_wrap=True, markup=False)
     for line in [line for group in result.groups for line in notes(group)]:
         shown.print(line, highlight=False, soft_wrap=True, markup=False)
     end = f"{folder}/{REPORT} shows the curves; {folder}/{TRIALS} holds every measurement"
