@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hasten.bench import gate, machine
@@ -80,11 +80,34 @@ def collect(
     return line
 
 
-def to_line(full: str, result: Comparison) -> dict[str, Any]:
-    """One line of evidence from a comparison of one plan."""
-    card, row, group = names.card(full), result.plans[0], result.groups[0]
+def collect_together(
+    methods: Sequence[str],
+    *,
+    budget: "float | str" = "3m",
+    margin: "float | str" = 0.01,
+    progress: Progress | None = None,
+    seeds: int = 3,
+) -> list[dict[str, Any]]:
+    """As `collect`, for methods whose experiments have one workload: they share its baseline's runs, and the budget."""
+    full = [names.resolve(method) for method in methods]
+    experiments = [names.card(one).experiment for one in full]
+    (workload,) = {workload for workload, _ in experiments}
+    out = pathlib.Path(os.environ.get("HASTEN_OUT", "out")) / "evidence" / "together"
+    plans = [plan for _, plan in experiments]
+    result = compare(workload, plans, budget=budget, margin=margin, out=out, progress=progress, seeds=seeds)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    lines = [to_line(one, result, place) for place, one in enumerate(full)]
+    for one, line in zip(full, lines, strict=True):
+        append(one, line)
+    return lines
+
+
+def to_line(full: str, result: Comparison, place: int = 0) -> dict[str, Any]:
+    """One line of evidence from a comparison's row."""
+    card, row, group = names.card(full), result.plans[place], result.groups[0]
     plain = result.to_json()
-    numbers = plain["plans"][0]
+    numbers = plain["plans"][place]
     shown = {key: result.machine.get(key) for key in ("id", "cpu", "cores", "usable_cores", "threads", "gpus", "os")}
     return {
         "method": full,

@@ -185,12 +185,15 @@ def evidence(
     budget: Annotated[str, typer.Option(help="Time for each method.")] = "3m",
     margin: Annotated[str, typer.Option(help="How much worse quality may be.")] = "1%",
     seeds: Annotated[int, typer.Option(help="Training runs, or sets of requests.")] = 3,
+    together: Annotated[
+        bool, typer.Option("--together", help="Methods of one workload share its baseline's runs, and their budgets.")
+    ] = False,
     json: Json = False,
 ) -> int:
     """Run each method's smallest honest experiment and append what it gives to evidence/."""
     from hasten.cli.work import evidence_command
 
-    return evidence_command(methods or [], check, budget, margin, seeds, json)
+    return evidence_command(methods or [], check, budget, margin, seeds, together, json)
 
 
 @app.command()

@@ -61,7 +61,9 @@ def train_command(
     return Job(name, Plan.of(plan), steps, seed, out, every, accumulate, precision, tensorboard, spread).run()
 
 
-def evidence_command(methods: list[str], check: bool, budget: str, margin: str, seeds: int, as_json: bool) -> int:
+def evidence_command(
+    methods: list[str], check: bool, budget: str, margin: str, seeds: int, together: bool, as_json: bool
+) -> int:
     from hasten.bench import evidence
     from hasten.bench.compare import parse_seconds
     from hasten.cli.compare import LiveProgress
@@ -76,11 +78,17 @@ def evidence_command(methods: list[str], check: bool, budget: str, margin: str, 
             wide_console().print(evidence_table(found))
         return 0 if all(line["stands"] for line in found) else 1
     console, lines = Console(stderr=True), []
+    groups: dict[str, list[str]] = {}
     for method in wanted or list(names.method_files()):
-        console.print(f"[bold]{method}[/bold]")
-        progress = LiveProgress(None, console, parse_seconds(budget))
-        line = evidence.collect(method, budget=budget, margin=margin, progress=progress, seeds=seeds)
-        lines.append(line)
+        groups.setdefault(names.card(method).experiment[0] if together else method, []).append(method)
+    for group in groups.values():
+        console.print(f"[bold]{', '.join(group)}[/bold]")
+        seconds = parse_seconds(budget) * len(group)
+        progress = LiveProgress(None, console, seconds)
+        collect = (
+            evidence.collect_together if len(group) > 1 else lambda one, **more: [evidence.collect(one[0], **more)]
+        )
+        lines += collect(group, budget=seconds, margin=margin, progress=progress, seeds=seeds)
     if as_json:
         print(json.dumps(lines, indent=1))
     else:
