@@ -149,7 +149,7 @@ def _made_fast(prepare):
 def test_a_faster_plan_is_found_and_a_simulated_one_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(serving, "prepare", _made_fast(serving.prepare))
     row = compare(NAME, [PLAN], out=tmp_path / "a", margin=0.5, **{**QUICK, "budget": "8s"}).plans[0]
-    assert row.verdict == "faster" and row.low > 1.2 and row.break_even is not None
+    assert row.verdict == "faster" and row.low > 1.2 and row.break_even is not None, row
     real = serving.prepare
 
     def simulated(workload, plan, seed=0):
