@@ -55,7 +55,7 @@ def answers(function, *arguments):
     return None
 
 
-@settings(max_examples=4500, **QUICK)
+@settings(max_examples=2000, **QUICK)
 @given(plans)
 def test_plan_text(text):
     if answers(Plan.parse, text) is None:
@@ -63,7 +63,7 @@ def test_plan_text(text):
         assert Plan.parse(str(plan)) == plan and Plan.from_yaml(plan.to_yaml()) == plan
 
 
-@settings(max_examples=2500, **QUICK)
+@settings(max_examples=1500, **QUICK)
 @given(trees.map(lambda tree: yaml.safe_dump(tree, allow_unicode=True)) | st.text(max_size=40))
 def test_yaml(text):
     answers(Plan.from_yaml, text)
@@ -136,7 +136,7 @@ def unmeasured(monkeypatch, tmp_path):
 
 
 def test_argument_lists(unmeasured, capsys):
-    @settings(max_examples=3000, **QUICK)
+    @settings(max_examples=1200, **QUICK)
     @given(st.lists(words, max_size=5))
     def check(arguments):
         code = run(arguments)
